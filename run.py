@@ -1,0 +1,947 @@
+"""Trains, evaluates and converts 1-bit networks: python run.py --mode bc. See python run.py --help."""
+import argparse
+import ctypes
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from tqdm import tqdm
+
+import bcq
+import models
+
+# ---------------------------------------------------------------------------------------------------------------
+# Presets: the one table. Later rows override earlier ones; flags override all.
+# ---------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, weight_decay=5e-4, schedule="linear",
+                warmup=0.0, smoothing=0.0, latent_std=None, flip=True, crop=4, cutout=0)
+PRESETS = {
+    "fast": dict(epochs=10, batch_size=250, optimizer="muon", lr=0.1, rest_lr=1.0, weight_decay=0.0, smoothing=0.2, crop=2),
+    "bc": dict(weight_decay=0.0, latent_std=0.1),
+    "fast bc": dict(),
+    "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0, schedule="exponential",
+                  latent_std=None, smoothing=None, flip=False, crop=0),
+}
+PAPER_LR_END = 2e-6
+MODES = {"fp32": (None, "an ordinary network"), "bc": (bcq.binarize, "BinaryConnect, deterministic"),
+         "bc-stochastic": (bcq.binarize_stochastic, "BinaryConnect, stochastic in training, deployed as sign(w)")}
+
+
+def preset(mode, model, paper=False):
+    """The name and the settings of the preset for a mode and a model."""
+    method = "fp32" if mode == "fp32" else "bc"
+    rows = ["paper"] if paper else [model, method, f"{model} {method}"]
+    settings = {**DEFAULTS, **{k: v for row in rows for k, v in PRESETS.get(row, {}).items()}}
+    return "paper" if paper else f"{model} {method}", settings
+
+
+def optimizer(settings, params, names):
+    """The pair (init, update) that the settings name; names: the weights that the method quantizes."""
+    rest = bcq.scale_lr(bcq.sgd(0.85, nesterov=True), settings["rest_lr"])
+    matrices = [k for k, p in params.items() if p.ndim > 1]
+    return {
+        "sgd": lambda: bcq.sgd(0.9, nesterov=True, weight_decay=settings["weight_decay"]),
+        "adam": bcq.adam,
+        "adam-glorot": lambda: bcq.scale_lr(bcq.adam(), bcq.glorot_scale(params, names)),
+        "muon": lambda: bcq.by_name(matrices, bcq.muon(0.6), rest),
+    }[settings["optimizer"]]()
+
+
+OPTIMIZERS = ("sgd", "adam", "adam-glorot", "muon")
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data: a dict of uint8 tensors train_x, train_y, test_x, test_y, with name, classes, mean, std
+# ---------------------------------------------------------------------------------------------------------------
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+              "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
+SHAPES = ("circle", "square", "triangle", "ring", "plus", "cross", "crescent", "stripes", "checkers", "two dots")
+
+
+def draw_shapes(count, generator):
+    """count pictures of ten shapes, uint8 (count, 3, 32, 32), and their labels: place, size, angle, colours vary."""
+    uniform = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+    labels = torch.arange(count) % 10
+    grid = torch.arange(32.0)
+    size, angle = uniform(5, 11), uniform(-0.5, 0.5)
+    dx, dy = grid.view(1, 1, 32) - uniform(11, 20), grid.view(1, 32, 1) - uniform(11, 20)
+    x = (dx * angle.cos() + dy * angle.sin()) / size
+    y = (dy * angle.cos() - dx * angle.sin()) / size
+    r, side = (x * x + y * y).sqrt(), torch.maximum(x.abs(), y.abs())
+    inside = torch.stack([
+        r < 1, side < 0.85, (y < 0.8) & (y > 2 * x.abs() - 1), (r < 1) & (r > 0.55),
+        (torch.minimum(x.abs(), y.abs()) < 0.27) & (side < 1),
+        ((x.abs() - y.abs()).abs() < 0.38) & (side < 0.9),
+        (r < 1) & ((x - 0.45).square() + y * y > 0.6), (side < 0.95) & (torch.sin(6.6 * y) > 0),
+        (side < 0.95) & (torch.sin(5 * x) * torch.sin(5 * y) > 0),
+        (x.abs() - 0.55).square() + y * y < 0.17])[labels, torch.arange(count)]
+    colours = torch.rand(2, count, 3, 1, 1, generator=generator)
+    far = (colours[0] - colours[1]).abs().sum(1, keepdim=True) > 0.5          # else black on white: always visible
+    ink, paper = torch.where(far, colours, torch.tensor([0.1, 0.9]).view(2, 1, 1, 1, 1))
+    picture = torch.where(inside[:, None], ink, paper) + 0.12 * torch.randn(count, 3, 32, 32, generator=generator)
+    return (picture.clamp(0, 1) * 255).to(torch.uint8), labels
+
+
+def load_shapes():
+    """The built-in data set, 20,000 training and 4,000 test pictures, the same on every machine and at every call."""
+    train, test = (draw_shapes(n, torch.Generator().manual_seed(n)) for n in (20_000, 4_000))
+    return {"name": "shapes", "classes": list(SHAPES), "train_x": train[0], "train_y": train[1],
+            "test_x": test[0], "test_y": test[1]}
+
+
+def load_torchvision(name, root):
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into root where it is absent. Raises OSError without it."""
+    build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        parts = [build(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{name} is not in {root} and could not be downloaded ({one_line(error)})") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+    data = {"name": name, "classes": list(parts[0].classes)}
+    for split, part in zip(("train", "test"), parts):
+        data[f"{split}_x"] = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
+        data[f"{split}_y"] = torch.tensor(part.targets)
+    return data
+
+
+def load_tree(root, name):
+    """The images in root/{train,test}/CLASS/*, RGB of 32x32, decoded once and kept in root/bcq-cache.pth."""
+    files = {split: sorted(p for p in (root / split).glob("*/*") if not p.name.startswith(".")) for split in ("train", "test")}
+    folders = {split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
+               for split in files if (root / split).is_dir()}
+    for split in files:
+        if split not in folders:
+            raise ValueError(f"{root}: no folder {split}/ (expected {root}/{{train,test}}/CLASS/IMAGE)")
+        empty = set(folders[split]) - {p.parent.name for p in files[split]}
+        if empty:
+            raise ValueError(f"{root / split}: no images in class {', '.join(sorted(empty))}")
+    if folders["train"] != folders["test"] or len(folders["train"]) < 2:
+        raise ValueError(f"{root}: train has the classes {', '.join(folders['train'])}; test, {', '.join(folders['test'])}; "
+                         "they must be the same, at least two")
+    if name == "cifar10" and tuple(folders["train"]) != CIFAR10:
+        raise ValueError(f"{root}: its classes are not CIFAR-10's; use --dataset {root}")
+    if name == "cifar100" and len(folders["train"]) != 100:
+        raise ValueError(f"{root}: {len(folders['train'])} classes, CIFAR-100 has 100; use --dataset {root}")
+    stamps = [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for split in files for p in files[split]]
+    fingerprint = hashlib.sha256("\n".join(stamps).encode()).hexdigest()
+    cache = root / "bcq-cache.pth"
+    try:
+        content = bcq.read_checkpoint(cache)
+        if content["hyperparam"] == fingerprint:
+            return {"name": name, "classes": folders["train"], **content["net"]}
+    except (OSError, ValueError, KeyError):
+        pass   # no cache, or one of other files, or a damaged one: decode again
+    print(f"data       decoding {len(stamps):,} images of {root}")
+    tensors = {}
+    for split in files:
+        tensors[f"{split}_x"] = torch.stack([decode(path) for path in files[split]])
+        tensors[f"{split}_y"] = torch.tensor([folders[split].index(p.parent.name) for p in files[split]])
+    try:
+        bcq.save_checkpoint(cache, tensors, fingerprint)
+    except OSError as error:
+        print(f"data       not cached, decoded again next time ({one_line(error)})")
+    return {"name": name, "classes": folders["train"], **tensors}
+
+
+def decode(path, resize=False):
+    """An image file as uint8 (3, 32, 32). Raises ValueError unless it is RGB of 32x32, or is made so by resize."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        with Image.open(path) as image:
+            if resize:
+                image = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+            if image.mode != "RGB" or image.size != (32, 32):
+                raise ValueError(f"{path}: {image.mode} of {image.width}x{image.height}, expected RGB of 32x32")
+            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read ({type(error).__name__})") from None
+    return pixels.view(32, 32, 3).permute(2, 0, 1).contiguous()
+
+
+def load_data(dataset, data_dir, classes=None):
+    """The data set that was asked for; CIFAR-10 by default, or shapes, said, where that cannot be had."""
+    name, root = dataset or "cifar10", Path(data_dir)
+    if name == "shapes":
+        data = load_shapes()
+    elif name not in STATISTICS:
+        if not Path(name).is_dir():
+            raise ValueError(f"--dataset {name}: neither cifar10, cifar100, shapes nor a folder")
+        data = load_tree(Path(name), Path(name).resolve().name)
+    elif (root / "train").is_dir():
+        data = load_tree(root, name)
+    else:
+        try:
+            data = load_torchvision(name, root)
+        except OSError as error:
+            if dataset:
+                raise
+            print(f"data       {one_line(error)}: going on with the built-in shapes")
+            data = load_shapes()
+    if classes:
+        if not 2 <= classes <= len(data["classes"]):
+            raise ValueError(f"--classes {classes}: {data['name']} has {len(data['classes'])} classes, at least 2 are needed")
+        for split in ("train", "test"):
+            kept = data[f"{split}_y"] < classes
+            data |= {f"{split}_x": data[f"{split}_x"][kept], f"{split}_y": data[f"{split}_y"][kept]}
+        data["classes"] = data["classes"][:classes]
+    if data["name"] in STATISTICS:
+        data["mean"], data["std"] = STATISTICS[data["name"]]
+    else:
+        pixels = data["train_x"][:10_000].double() / 255
+        data["mean"], data["std"] = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
+    return data
+
+
+def split_validation(data, val, subset, seed):
+    """The data with subset training images drawn by the seed, and the last val of a fixed shuffle as val_x, val_y."""
+    order = torch.randperm(len(data["train_y"]), generator=torch.Generator().manual_seed(0))
+    held, kept = order[:val], order[val:]
+    if subset:
+        count = int(float(subset) * len(kept)) if "." in subset else int(subset)
+        if not 1 <= count <= len(kept):
+            raise ValueError(f"--subset {subset}: that is {count} of {len(kept)} training images")
+        kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[:count]]
+    x, y = data["train_x"], data["train_y"]
+    return {**data, "val_x": x[held], "val_y": y[held], "train_x": x[kept], "train_y": y[kept]}
+
+
+def normalize(x, mean, std):
+    """uint8 images to float32 (x / 255 - mean) / std by channel, channels-last in memory."""
+    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) * 255 for v in (mean, std))
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augment(x, flip, crop, cutout, generator):
+    """Mirrored, shifted and cut images, uint8 like x (n, c, h, w).
+
+    flip: bool (n,), which to mirror, or None; crop: shift by up to crop pixels over a reflected border;
+    cutout: the side in pixels of a square of mean grey (DeVries and Taylor 2017), 0 for none.
+    """
+    n, _, h, w = x.shape
+    at = partial(torch.randint, generator=generator, device=x.device, size=(n,))
+    if flip is not None:
+        x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+    if crop:
+        windows = F.pad(x, (crop,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
+        x = windows[torch.arange(n, device=x.device), :, at(0, 2 * crop + 1), at(0, 2 * crop + 1)]
+    if cutout:
+        near = lambda size: (torch.arange(size, device=x.device) - at(0, size)[:, None]).abs() * 2 < cutout
+        x = x.masked_fill((near(h)[:, :, None] & near(w)[:, None, :])[:, None], 118)
+    return x
+
+
+def batches(x, y, data, size=500):
+    """Pairs of normalised images and labels, in order, all of them."""
+    for i in range(0, len(y), size):
+        yield normalize(x[i:i + size], data["mean"], data["std"]), y[i:i + size]
+
+
+def fit_zca(x, bias=0.1):
+    """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean, matrix).
+
+    x: uint8 (n, c, h, w). To be applied by whiten. Source: arXiv:1511.00363, section 3.3; bias as in pylearn2.
+    """
+    flat = contrast(x)
+    mean = flat.mean(0)
+    values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+    return mean, vectors / (values.clamp(min=0) + bias).sqrt() @ vectors.T
+
+
+def contrast(x, scale=55.0):
+    """Each image, uint8 (n, c, h, w), as a row of mean 0 and norm scale, float32 (n, c * h * w)."""
+    flat = x.flatten(1).float()
+    flat = flat - flat.mean(1, keepdim=True)
+    return scale * flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
+
+
+def prepare(x, data):
+    """uint8 images as the network takes them: normalised by channel, or whitened where the data hold a zca."""
+    if "zca" not in data:
+        return normalize(x, data["mean"], data["std"])
+    mean, matrix = data["zca"]
+    return ((contrast(x) - mean) @ matrix).view(x.shape).contiguous(memory_format=torch.channels_last)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def keep_memory():
+    """Tells glibc to keep freed blocks: giving them back at every step costs a third of the time of a CPU step."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: never trim the top
+
+
+def fast_bf16(device):
+    """Whether bfloat16 products are fast there: AMX or AVX-512-BF16 on a CPU, Ampere or later on CUDA."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpuinfo = Path("/proc/cpuinfo")
+    return device.type == "cpu" and cpuinfo.exists() and any(
+        flag in cpuinfo.read_text() for flag in (" amx_bf16", " avx512_bf16"))
+
+
+def device_name(device):
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def choose_device(args):
+    """The torch.device and the training dtype ('bf16' or 'fp32') that the flags ask for or the machine suggests."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device}: {one_line(error)}") from None
+    if device.type == "cpu":
+        keep_memory()
+    return device, args.dtype or ("bf16" if fast_bf16(device) else "fp32")
+
+
+def commit():
+    """The commit that this file is at, with '-dirty' where files were changed since, or 'unknown'."""
+    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    try:
+        head, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        return "unknown"
+    dirty = [line for line in changed.stdout.splitlines() if not line.endswith("results/records.jsonl")]
+    return head.stdout.strip() + ("-dirty" if dirty else "") if head.returncode == 0 else "unknown"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models and checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def builder(name):
+    """The constructor that --model names: a key of models.MODELS, or FILE.py:NAME."""
+    if name in models.MODELS:
+        return models.MODELS[name]
+    file, _, attribute = name.rpartition(":")
+    if not file.endswith(".py"):
+        raise ValueError(f"--model {name}: neither FILE.py:NAME nor one of {', '.join(models.MODELS)}")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
+    except Exception as error:   # whatever a user's file raises is the user's to read, in one line
+        raise ValueError(f"--model {name}: {type(error).__name__}: {one_line(error)}") from None
+
+
+def build_model(config):
+    """The network of a configuration, initialised by its seed: (model, hyperparam)."""
+    build = builder(config["model"])
+    wanted = {"classes": config["classes"], **({} if config["width"] is None else {"width": config["width"]})}
+    torch.manual_seed(config["seed"])
+    if config["model"] in models.MODELS:
+        return build(**wanted), wanted
+    for hyperparam in (wanted, {k: v for k, v in wanted.items() if k == "width"}):   # a student's may take neither
+        try:
+            return build(**hyperparam), hyperparam
+        except TypeError as error:
+            problem = error
+    raise ValueError(f"--model {config['model']}: cannot be built with {wanted} ({one_line(problem)})")
+
+
+def load_network(path, name=None):
+    """The network in a checkpoint: (model, params, buffers, meta)."""
+    if path is None:
+        raise ValueError("this mode needs --checkpoint FILE")
+    content = bcq.read_checkpoint(path)
+    name = name or content.get("config", {}).get("model")
+    if not name:
+        raise ValueError(f"{path}: does not say of which model it is; add --model")
+    return bcq.load_checkpoint(path, builder(name))
+
+
+def deployed(params, names, quantizer):
+    """The weights to compute with after training: the signs of those in names, however they were drawn in training."""
+    return bcq.quantize_params(params, names, bcq.binarize) if quantizer else params
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def generator(*key, device="cpu"):
+    """A generator that depends on the key alone: nothing is to be restored when a run resumes in the middle."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def configure(args, data):
+    """The whole configuration of a training run, JSON types only, and the lines that say what was adapted."""
+    name, settings = preset(args.mode, args.model, args.paper)
+    config = {"mode": args.mode, "model": args.model, "width": args.width, "classes": len(data["classes"]),
+              "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name, **settings}
+    config |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "optimizer") if getattr(args, k) is not None}
+    notes, total = [], len(data["train_y"])
+    if args.val is None:
+        config["val"] = min(5000, total // 10)
+    elif not 0 <= args.val < total:
+        raise ValueError(f"--val {args.val}: there are {total} training images")
+    return config, notes
+
+
+def adapt_batch(config, images, explicit):
+    """The configuration with a batch no larger than the data, and a line that says so."""
+    if config["batch_size"] <= images:
+        return config
+    if explicit:
+        raise ValueError(f"--batch-size {config['batch_size']}: there are {images} training images")
+    print(f"batch      {images}, not the preset's {config['batch_size']}: there are no more images")
+    return {**config, "batch_size": images}
+
+
+def schedule(config, steps):
+    """lr(step) of a configuration."""
+    if config["schedule"] == "exponential":
+        return bcq.exponential_schedule(config["lr"], PAPER_LR_END, steps)
+    return bcq.linear_schedule(config["lr"], steps, int(config["warmup"] * steps))
+
+
+def make_step(model, names, config, pair, forward):
+    """The training step of a configuration: step(run, data, lr) -> (run, metrics); run is the state of a training."""
+    loss = bcq.square_hinge if config["smoothing"] is None else bcq.cross_entropy(config["smoothing"])
+    quantizer = MODES[config["mode"]][0]
+    train_step = bcq.make_train_step(model, names, quantizer, pair[1], loss, forward=forward)
+
+    def step(run, data, lr):
+        epoch, i, size = run["epoch"], run["step"], config["batch_size"]
+        device = data["train_x"].device
+        draw = partial(generator, config["seed"], device=device)
+        order = torch.randperm(len(data["train_y"]), generator=generator(config["seed"], "order", epoch))
+        chosen = order[i * size:(i + 1) * size].to(device)
+        side = torch.rand(len(order), generator=generator(config["seed"], "flip")).to(device)[chosen] < 0.5
+        mirrored = side ^ bool(epoch % 2) if config["flip"] else None     # every image, once each way in two epochs
+        x = augment(data["train_x"][chosen], mirrored, config["crop"], config["cutout"], draw("augment", epoch, i))
+        noise = bcq.draw_noise(run["params"], names, draw("noise", epoch, i)) if config["mode"] == "bc-stochastic" else None
+        torch.manual_seed(draw("model", epoch, i).initial_seed())         # for the dropout of a user's own network
+        params, buffers, opt_state, metrics = train_step(
+            run["params"], run["buffers"], run["opt_state"], (prepare(x, data), data["train_y"][chosen]), lr, noise)
+        return {**run, "params": params, "buffers": buffers, "opt_state": opt_state, "step": i + 1}, metrics
+
+    return step
+
+
+def fresh(config, model, names, init):
+    """The state of a training run before its first step."""
+    params, buffers = bcq.split(model)
+    if config["latent_std"]:
+        params = bcq.rescale(params, names, config["latent_std"])
+    return {"params": params, "buffers": buffers, "opt_state": init(params), "epoch": 0, "step": 0, "history": [],
+            "losses": [], "accuracies": [], "seconds": 0.0, "before": params}
+
+
+def save(path, model, hyperparam, config, run, names, data, **meta):
+    """Writes a checkpoint: net is what the network computes with, latent what is trained."""
+    net = bcq.state_dict(model, deployed(run["params"], names, MODES[config["mode"]][0]), run["buffers"])
+    preprocessing = {k: data[k] for k in ("mean", "std", "zca") if k in data}
+    bcq.save_checkpoint(path, net, hyperparam, latent=run["params"] if names else {}, mode=config["mode"], names=names,
+                        dataset=config["dataset"], classes=data["classes"], config=config, **preprocessing, **meta)
+
+
+def end_epoch(run, config, model, names, data, lr, forward):
+    """The state with the epoch's line added to its history: the diagnostics of a 1-bit training."""
+    line = {"epoch": run["epoch"] + 1, "lr": lr, "train_loss": statistics.fmean(run["losses"]),
+            "train_accuracy": statistics.fmean(run["accuracies"])}
+    if len(data["val_y"]):
+        score = lambda params: bcq.evaluate(model, params, run["buffers"], batches(data["val_x"], data["val_y"], data), forward)
+        result = score(deployed(run["params"], names, MODES[config["mode"]][0]))
+        line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
+        if names:
+            line["val_accuracy_latent"] = score(run["params"])["accuracy"]
+    if names:
+        line |= {"at_bound": bcq.saturation(run["params"], names),
+                 "flipped": bcq.flips(run["before"], run["params"], names)}
+    return {**run, "epoch": run["epoch"] + 1, "step": 0, "losses": [], "accuracies": [], "before": run["params"],
+            "history": run["history"] + [line]}
+
+
+def expected_seconds(step, run, data, lr, steps):
+    """The time that so many steps will take, from a few whose result is thrown away: a pure step costs nothing else."""
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        step(run, data, lr)[1]["loss"].item()
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) * steps
+
+
+def duration(seconds):
+    """Seconds in words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def train_epoch(step, run, data, config, lr_at, interrupted):
+    """Trains to the end of the epoch, or to an interruption: the state. Raises ValueError where the loss is not finite."""
+    steps = len(data["train_y"]) // config["batch_size"]
+    every = 1 if data["train_y"].device.type == "cpu" else 25       # asking a GPU for its losses makes it wait
+    pending = []
+    with tqdm(total=steps, initial=run["step"], disable=not sys.stderr.isatty(), leave=False, unit=" steps") as bar:
+        while run["step"] < steps and not interrupted:
+            i = run["step"]
+            try:
+                run, metrics = step(run, data, lr_at(run["epoch"] * steps + i))
+            except ValueError as error:
+                raise ValueError(f"epoch {run['epoch'] + 1}, step {i + 1}: {error}; {TRY}") from None
+            pending.append(metrics)
+            if len(pending) >= every or run["step"] == steps or interrupted:
+                losses = torch.stack([m["loss"] for m in pending]).tolist()
+                if not all(map(torch.isfinite, map(torch.tensor, losses))):
+                    raise ValueError(f"epoch {run['epoch'] + 1}, step {i + 1}: the loss is not finite; {TRY}")
+                accuracies = torch.stack([m["accuracy"] for m in pending]).tolist()
+                run = {**run, "losses": run["losses"] + losses, "accuracies": run["accuracies"] + accuracies}
+                bar.update(len(pending))
+                rate = (bar.format_dict["rate"] or 0) * config["batch_size"]
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, accuracy {accuracies[-1]:.3f}, {rate:,.0f} images/s")
+                pending = []
+    return run
+
+
+TRY = "try a lower --lr or --dtype fp32; the last good checkpoint is kept"
+
+
+def describe(config, args, device, dtype, data, params, names, total_seconds):
+    """Prints the first lines of a run: what is trained, on what, with what, for how long."""
+    binary = sum(params[n].numel() for n in names)
+    sizes = [f"{len(data[f'{split}_y']):,} {word}" for split, word in
+             (("train", "training"), ("val", "validation"), ("test", "test"))]
+    print(f"device     {device}, {device_name(device)}, {torch.get_num_threads()} threads, {dtype}"
+          f"{'' if args.dtype else ' (chosen for this machine)'}")
+    print(f"data       {data['name']}, {len(data['classes'])} classes: {', '.join(sizes)} images")
+    print(f"model      {config['model']}, {sum(p.numel() for p in params.values()):,} parameters; {MODES[config['mode']][1]}"
+          + (f": {binary:,} weights of 1 bit in {len(names)} layers" if names else ""))
+    skip = ("mode", "model", "dataset", "classes", "preset")
+    print(f"preset     {config['preset']}: " + ", ".join(f"{k} {v}" for k, v in config.items() if k not in skip))
+    print(f"time       about {duration(total_seconds)} of training")
+
+
+def find_run(args):
+    """The folder of the run and its saved state, or None: what --out and --resume mean together."""
+    folder = args.resume if isinstance(args.resume, str) else args.out
+    if args.resume and not folder:
+        raise ValueError("--resume needs the folder of the run: --resume DIR")
+    if folder is None:
+        stem, number = Path("runs"), 1
+        while (stem / f"{args.mode}-{Path(args.model).name.replace(':', '-')}-{number}").exists():
+            number += 1
+        folder = stem / f"{args.mode}-{Path(args.model).name.replace(':', '-')}-{number}"
+    folder = Path(folder)
+    saved = folder / "last.pth"
+    if args.resume:
+        if isinstance(args.resume, str) and not saved.exists():
+            raise ValueError(f"{folder}: no run to resume there (no last.pth)")
+        return folder, bcq.read_checkpoint(saved) if saved.exists() else None
+    if saved.exists() or (folder / "model.pth").exists():
+        raise ValueError(f"{folder}: holds a run already; --resume continues it, another --out starts a new one")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, None
+
+
+def resumed_args(args, config):
+    """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
+    for key in ("mode", "dataset", "model", "width", "subset", "val", "seed", "epochs", "batch_size", "lr", "optimizer"):
+        given = args.given.get(key)
+        if given is not None and given != config[key]:
+            raise ValueError(f"--{key.replace('_', '-')} {given}: the run to resume has {config[key]}")
+    return argparse.Namespace(**{**vars(args), **{k: config[k] for k in (
+        "mode", "dataset", "model", "width", "subset", "val", "seed")}, "dtype": config["dtype"]})
+
+
+def train(args):
+    """Trains, or goes on training, and evaluates once on the test set: the exit status."""
+    folder, saved = find_run(args)
+    if saved:
+        args = resumed_args(args, saved["config"])
+    device, dtype = choose_device(args)
+    data = load_data(args.dataset, args.data_dir, args.classes if not saved else len(saved["classes"]))
+    config = saved["config"] if saved else configure(args, data)
+    data = split_validation(data, config["val"], config["subset"], config["seed"])
+    config = {**adapt_batch(config, len(data["train_y"]), "batch_size" in args.given), "dtype": dtype}
+    if config["preset"] == "paper":
+        data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
+    data = {k: v.to(device) if torch.is_tensor(v) else v for k, v in data.items()}
+    if "zca" in data:
+        data["zca"] = [t.to(device) for t in data["zca"]]
+    model, hyperparam = build_model(config)
+    model = model.to(device)
+    names = bcq.quantizable(model) if MODES[config["mode"]][0] else []
+    forward = bcq.mixed_precision(torch.bfloat16) if dtype == "bf16" else bcq.apply
+    pair = optimizer(config, dict(bcq.split(model)[0]), names)
+    run = to_device(saved["run"], device) if saved else fresh(config, model, names, pair[0])
+    steps = len(data["train_y"]) // config["batch_size"]
+    lr_at = schedule(config, config["epochs"] * steps)
+    step = make_step(model, names, config, pair, forward)
+    left = config["epochs"] * steps - run["epoch"] * steps - run["step"]
+    keep = lambda run: save(folder / "last.pth", model, hyperparam, config, run, names, data, run=run)
+    describe(config, args, device, dtype, data, run["params"], names,
+             expected_seconds(step, {**run, "step": 0}, data, 0.0, left) if left else 0)
+    keep(run)
+    interrupted = []
+    handlers = {s: signal.signal(s, lambda number, _: interrupted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while run["epoch"] < config["epochs"] and not interrupted:
+            start = time.perf_counter()
+            run = train_epoch(step, run, data, config, lr_at, interrupted)
+            if run["step"] == steps:
+                run = end_epoch(run, config, model, names, data, lr_at(run["epoch"] * steps + steps - 1), forward)
+            run = {**run, "seconds": run["seconds"] + time.perf_counter() - start}
+            keep(run)
+            if not interrupted:
+                write_lines(folder / "metrics.jsonl", run["history"])
+                print(epoch_line(run, config, steps))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if interrupted:
+        print(f"stopped    in epoch {run['epoch'] + 1}, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
+        return 128 + interrupted[0]
+    return finish(args, folder, model, hyperparam, config, run, names, data, device)
+
+
+def finish(args, folder, model, hyperparam, config, run, names, data, device):
+    """Writes model.pth, evaluates that very file on the test set, once, and reports: the exit status."""
+    path = folder / "model.pth"
+    accuracies = {k: run["history"][-1].get(k) for k in ("train_accuracy", "val_accuracy")}
+    save(path, model, hyperparam, config, run, names, data, accuracies=accuracies)
+    result = test(path, config["model"], data, device)
+    save(path, model, hyperparam, config, run, names, data, accuracies={**accuracies, "test_accuracy": result["accuracy"]})
+    report(folder / "report.png", run, config, names)
+    print(f"test       accuracy {result['accuracy']:.4f} on {result['images']:,} images, {duration(run['seconds'])} of training"
+          f"{': weights ' + kinds(path) if names else ''}")
+    print(f"files      {path} (the network), {folder / 'metrics.jsonl'}, {folder / 'report.png'}")
+    record(args, "train", path, config, result["accuracy"], device,
+           train_seconds=round(run["seconds"], 1), dtype=config["dtype"], train_images=len(data["train_y"]))
+    return expect(args, result["accuracy"])
+
+
+def test(path, model_name, data, device, dtype=torch.float32):
+    """The metrics on the test images of the network in a file, in the dtype that it is stored in."""
+    model, params, buffers, _ = load_network(path, model_name)
+    params, buffers = to_device(params, device), to_device(buffers, device)
+    return bcq.evaluate(model.to(device), params, buffers, batches(data["test_x"], data["test_y"], data), bcq.in_dtype(dtype))
+
+
+def kinds(path):
+    """The distinct values of the weights in a file, over the layers that its method quantizes, in words."""
+    content = bcq.read_checkpoint(path)
+    return ", ".join(f"{v:g}" for v in torch.cat([content["net"][n].unique() for n in content["names"]]).unique().tolist())
+
+
+def expect(args, accuracy):
+    """0, or 1 where the accuracy is below --expect."""
+    if args.expect is not None and accuracy < args.expect:
+        print(f"expect     {accuracy:.4f} is below {args.expect}")
+        return 1
+    return 0
+
+
+def record(args, kind, path, config, accuracy, device, dtype, train_seconds, train_images, **more):
+    """Appends one JSON line to the file that --record names, and does nothing without it."""
+    if not args.record:
+        return
+    content = bcq.read_checkpoint(path)
+    model = builder(config["model"])(**content["hyperparam"])
+    layers = len(bcq.quantizable(model))
+    floats = [t for t in content["net"].values() if t.is_floating_point()]
+    line = {
+        "kind": kind, "mode": config["mode"], "dataset": config["dataset"], "model": config["model"],
+        "preset": config["preset"], "width": config["width"] or 1.0, "epochs": config["epochs"],
+        "batch": config["batch_size"], "seed": config["seed"], "classes": config["classes"], "train_images": train_images,
+        "val_images": config["val"], "device": device.type, "device_name": device_name(device),
+        "threads": torch.get_num_threads(), "dtype": dtype, "test_accuracy": accuracy, "train_seconds": train_seconds,
+        "parameters": sum(p.numel() for p in model.parameters()), "real_layers": layers - len(content["names"]),
+        "w_bits": 1 if content["names"] else 8 * min(t.element_size() for t in floats),
+        "a_bits": 8 * min(t.element_size() for t in floats), "file_bytes": path.stat().st_size,
+        "torch": torch.__version__, "commit": commit(), "command": command_line(), "date": date.today().isoformat(), **more}
+    Path(args.record).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.record, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def command_line():
+    """The command as typed, with DATA in place of the folder of the data and without other folders."""
+    words = list(sys.argv[1:])
+    for i, word in enumerate(words[:-1]):
+        if word in ("--data-dir", "--out", "--resume", "--checkpoint", "--record"):
+            words[i + 1] = "DATA" if word == "--data-dir" else Path(words[i + 1]).name
+    return " ".join(["python run.py", *words])
+
+
+def write_lines(path, objects):
+    """Writes one JSON object a line, the whole file at once."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(o) + "\n" for o in objects))
+    os.replace(temporary, path)
+
+
+def epoch_line(run, config, steps):
+    """The line that is printed after an epoch."""
+    line = run["history"][-1]
+    left = run["seconds"] / run["epoch"] * (config["epochs"] - run["epoch"])
+    rate = run["epoch"] * steps * config["batch_size"] / run["seconds"]
+    words = [f"loss {line['train_loss']:.3f}", f"train {line['train_accuracy']:.3f}"]
+    words += [f"validation {line['val_accuracy']:.4f}"] if "val_accuracy" in line else []
+    words += [f"(latent weights {line['val_accuracy_latent']:.3f})"] if "val_accuracy_latent" in line else []
+    words += [f"signs flipped {line['flipped']:.3f}"] if "flipped" in line else []
+    return f"epoch {line['epoch']:4d} of {config['epochs']}: {', '.join(words)}; {rate:,.0f} images/s, {duration(left)} left"
+
+
+def report(path, run, config, names):
+    """Draws the curves of a training and the histograms of its latent weights."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    history = run["history"]
+    epochs = [line["epoch"] for line in history]
+    figure, ((loss, accuracy), (histogram, signs)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    curves = {loss: {"train_loss": "training", "val_loss": "validation"},
+              accuracy: {"train_accuracy": "training", "val_accuracy": "validation", "val_accuracy_latent": "validation, latent weights"},
+              signs: {"at_bound": "latents at +-1", "flipped": "signs flipped in the epoch"}}
+    for axes, lines in curves.items():
+        for key, label in lines.items():
+            if key in history[0]:
+                axes.plot(epochs, [line[key] for line in history], marker=".", label=label)
+        axes.set_xlabel("epoch")
+        if axes.lines:
+            axes.legend()
+    loss.set_title("loss (training: with augmentation and label smoothing)")
+    accuracy.set_title("accuracy")
+    signs.set_title("shares of the 1-bit weights" if names else "no 1-bit weights")
+    for name in names or [n for n, p in run["params"].items() if p.ndim > 1]:
+        counts, edges = torch.histogram(run["params"][name].detach().float().cpu().flatten(), 60)
+        histogram.plot((edges[1:] + edges[:-1]) / 2, counts / counts.sum(), label=name, linewidth=1)
+    histogram.set_title("latent weights by layer" if names else "weights by layer")
+    histogram.set_ylabel("share of the layer's weights")
+    histogram.legend(fontsize=7, ncols=1 + len(histogram.lines) // 12)
+    figure.suptitle(f"{config['mode']}, {config['model']} on {config['dataset']}, seed {config['seed']}")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def to_device(value, device):
+    """Nested dicts and lists with their tensors moved to the device."""
+    if torch.is_tensor(value):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return [to_device(v, device) for v in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The other modes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_data(args, meta, device):
+    """The data that a checkpoint was trained on, or those that the flags name, prepared as in its training."""
+    dataset = args.given.get("dataset") or meta.get("dataset")
+    config = meta.get("config", {})
+    classes = args.classes or (len(meta["classes"]) if "classes" in meta else None)
+    data = load_data(dataset, args.data_dir, classes)
+    data |= {k: to_device(meta[k], device) for k in ("mean", "std", "zca") if k in meta}
+    data |= {"val_y": []}
+    del config
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in data.items()}
+
+
+def evaluate_checkpoint(args):
+    """--mode eval: the test accuracy of the network in a file: the exit status."""
+    device, _ = choose_device(args)
+    model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
+    data = checkpoint_data(args, meta, device)
+    stored = next(p.dtype for p in params.values() if p.is_floating_point())
+    result = test(args.checkpoint, args.given.get("model"), data, device, stored)
+    print(f"test       accuracy {result['accuracy']:.4f}, cross-entropy {result['loss']:.4f} on {result['images']:,} images "
+          f"of {data['name']}, {str(stored).removeprefix('torch.')}, {device}")
+    return expect(args, result["accuracy"])
+
+
+def convert(args):
+    """--mode ptq: the network in a file in half precision; accuracy, size, latency before and after: the exit status."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.dtype)
+    if dtype is None:
+        raise ValueError("--mode ptq needs --dtype fp16 or bf16")
+    device, _ = choose_device(args)
+    model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
+    hyperparam, meta = meta.pop("hyperparam"), {k: v for k, v in meta.items() if k not in ("latent", "run", "bcq")}
+    data = checkpoint_data(args, meta, device)
+    folder = Path(args.out or Path(args.checkpoint).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    model_name = args.given.get("model") or meta["config"]["model"]
+    print(f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   ({device}, "
+          f"{torch.get_num_threads()} threads)")
+    for name, target in (("fp32", torch.float32), (args.dtype, dtype)):
+        path = folder / f"{Path(args.checkpoint).stem}-{name}.pth"
+        net = bcq.state_dict(model, bcq.to_dtype(params, target), bcq.to_dtype(buffers, target))
+        bcq.save_checkpoint(path, net, hyperparam, **meta)
+        result = test(path, model_name, data, device, target)
+        single, many = (latency(path, model_name, data, device, target, n) for n in (1, 256))
+        print(f"{name:10} {result['accuracy']:9.4f} {path.stat().st_size:12,} {1e3 * single:12.2f} {1e3 * many:15.1f}   {path}")
+    if "config" in meta:
+        record(args, "ptq", path, meta["config"], result["accuracy"], device, dtype=args.dtype, train_seconds=None,
+               train_images=meta["train_images"] if "train_images" in meta else None)
+    return expect(args, result["accuracy"])
+
+
+@torch.no_grad()
+def latency(path, model_name, data, device, dtype, count):
+    """The median time in seconds of a forward pass of count images, over 11 passes."""
+    model, params, buffers, _ = load_network(path, model_name)
+    params, buffers, model = to_device(params, device), to_device(buffers, device), model.to(device)
+    x = prepare(data["test_x"][torch.arange(count) % len(data["test_x"])], data)
+    times = []
+    for _ in range(13):
+        start = time.perf_counter()
+        bcq.in_dtype(dtype)(model, params, buffers, x)[0].sum().item()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def predict(args):
+    """--mode predict: the classes of image files, most probable first: the exit status."""
+    if not args.images:
+        raise ValueError("--mode predict needs image files")
+    device, _ = choose_device(args)
+    model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
+    if "mean" not in meta:
+        raise ValueError(f"{args.checkpoint}: does not say how its inputs are normalised; it is no checkpoint of run.py")
+    params, buffers, meta = to_device(params, device), to_device(buffers, device), to_device(meta, device)
+    images = torch.stack([decode(path, resize=True) for path in args.images]).to(device)
+    stored = next(p.dtype for p in params.values() if p.is_floating_point())
+    with torch.no_grad():
+        logits, _ = bcq.in_dtype(stored)(model.to(device), params, buffers, prepare(images, meta))
+    for path, probabilities in zip(args.images, logits.softmax(1)):
+        best = probabilities.topk(min(3, len(probabilities)))
+        print(f"{path}: " + ", ".join(f"{meta['classes'][i]} {p:.3f}" for p, i in zip(best.values.tolist(), best.indices.tolist())))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def one_line(error):
+    """The first line of an error's message, without a final full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a number of that kind between low and high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: not {'an integer' if kind is int else 'a number'} {limits}")
+        return value
+    return parse
+
+
+def subset(text):
+    """An argparse type: a count, or a fraction where it has a point."""
+    number(float, 0, 1)(text) if "." in text else number(int, 1)(text)
+    return text
+
+
+def parse_arguments(argv):
+    """The arguments, with args.given: those that were typed."""
+    rows = "\n".join(f"  {name:9} {', '.join(f'{k} {v}' for k, v in row.items())}" for name, row in
+                     {"(all)": DEFAULTS, **PRESETS}.items() if row)
+    parser = argparse.ArgumentParser(
+        prog="run.py", description="Trains, evaluates and converts 1-bit networks.", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"presets, later rows overriding earlier ones (by model, method, both):\n{rows}")
+    def complain(message):
+        raise ValueError(message)
+    parser.error = complain
+    add = parser.add_argument
+    preset_says = "default: the preset's"
+    add("--mode", choices=[*MODES, "ptq", "eval", "predict"], default="bc", help="what to do (default: bc)")
+    add("--dataset", help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
+    add("--data-dir", default="data", help="where CIFAR is, or is downloaded to; also a folder of images (default: data)")
+    add("--model", default="fast", help=f"{', '.join(models.MODELS)}, or FILE.py:NAME (default: fast; vgg_bc with --paper)")
+    add("--width", type=number(float, 0.01), help="factor on the channels; for wrn the widening (default: the model's)")
+    add("--epochs", type=number(int, 1), help=preset_says)
+    add("--batch-size", type=number(int, 1), help=preset_says)
+    add("--lr", type=number(float, 0), help=f"peak learning rate ({preset_says})")
+    add("--optimizer", choices=OPTIMIZERS, help=preset_says)
+    add("--seed", type=number(int, 0), default=0, help="default: 0")
+    add("--val", type=number(int, 0), help="training images held out for validation (default: 5000, or a tenth if that is less)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--threads", type=number(int, 1), help="CPU threads (default: torch's choice)")
+    add("--out", help="folder of the run (default: a new one, runs/MODE-MODEL-N)")
+    add("--resume", nargs="?", const=True, help="go on with the run in this folder (or in --out)")
+    add("--checkpoint", help="file to convert, evaluate or predict with")
+    add("--dtype", choices=["fp32", "bf16", "fp16"],
+        help="of training, fp32 or bf16 (default: bf16 where it is fast); of the conversion, fp16 or bf16")
+    add("--subset", type=subset, help="train on so many images; with a point, on that fraction (default: all)")
+    add("--classes", type=number(int, 2), help="only the first so many classes (default: all)")
+    add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
+    add("--paper", action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)")
+    add("--record", nargs="?", const="results/records.jsonl", help="append the figures to a file (default: results/records.jsonl)")
+    add("images", nargs="*", help="images for --mode predict")
+    args = parser.parse_args(argv)
+    args.given = {k: v for k, v in vars(args).items() if v not in (None, False) and v != parser.get_default(k)}
+    if args.paper and "model" not in args.given:
+        args.model = "vgg_bc"
+    if args.images and args.mode != "predict":
+        raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files")
+    if args.mode in MODES and args.dtype == "fp16":
+        raise ValueError("--dtype fp16 is for --mode ptq: latent weights in half precision would lose small updates")
+    return args
+
+
+def main(argv=None):
+    """Runs a command line: the exit status, 2 with one line on stderr where something is wrong with it."""
+    try:
+        args = parse_arguments(argv)
+        job = {"ptq": convert, "eval": evaluate_checkpoint, "predict": predict}.get(args.mode, train)
+        return job(args)
+    except (ValueError, OSError) as error:
+        print(f"run.py: {one_line(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("run.py: stopped before there was anything to save", file=sys.stderr)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The lab's class BC, section 9 of bcq.py, used as the lab sheet uses it."""
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Small, batch, same
+from torch import nn
+
+import bcq as binaryconnect
+import bcq
+
+
+def weights_of(bc):
+    return [w.detach().clone() for w in bc.target_modules]
+
+
+def test_the_code_of_the_lab_sheet_runs_as_it_stands():
+    device = torch.device("cpu")
+    mymodel = Small()
+    mymodelbc = binaryconnect.BC(mymodel)
+    mymodelbc.model = mymodelbc.model.to(device)
+    optimizer = torch.optim.SGD(mymodelbc.model.parameters(), lr=0.1)
+    for i in range(3):
+        x, y = batch(i)
+        optimizer.zero_grad()
+        mymodelbc.binarization()
+        loss = F.cross_entropy(mymodelbc(x), y)
+        loss.backward()
+        mymodelbc.restore()
+        optimizer.step()
+        mymodelbc.clip()
+    assert len(mymodelbc.saved_params) == len(mymodelbc.target_modules) == 3
+
+
+def test_binarization_writes_signs_into_the_model_itself_and_restore_brings_every_latent_weight_back():
+    bc = binaryconnect.BC(Small())
+    latent = weights_of(bc)
+    bc.binarization()
+    assert all(torch.equal(w, torch.where(v >= 0, 1.0, -1.0)) for w, v in zip(weights_of(bc), latent))
+    assert set(bc.model.conv.weight.detach().unique().tolist()) == {-1.0, 1.0}
+    assert same(bc.saved_params, latent)
+    bc.restore()
+    assert same(weights_of(bc), latent)
+
+
+def test_binarizing_twice_or_saving_while_binary_keeps_the_latent_weights():
+    bc = binaryconnect.BC(Small())
+    latent = weights_of(bc)
+    bc.binarization()
+    bc.binarization()
+    bc.save_params()
+    bc.restore()
+    assert same(weights_of(bc), latent)
+
+
+def test_binarization_saves_the_weights_of_now_and_not_those_of_an_earlier_step():
+    bc = binaryconnect.BC(Small())
+    with torch.no_grad():
+        bc.model.conv.weight.add_(1.0)
+    now = weights_of(bc)
+    bc.binarization()
+    bc.restore()
+    assert same(weights_of(bc), now)
+
+
+def test_a_step_before_restore_is_an_error_and_not_a_lost_update():
+    bc = binaryconnect.BC(Small())
+    optimizer = torch.optim.SGD(bc.parameters(), lr=0.1)
+    bc.binarization()
+    F.cross_entropy(bc(batch(0)[0]), batch(0)[1]).backward()
+    optimizer.step()
+    for call in (bc.restore, bc.binarization):
+        with pytest.raises(RuntimeError, match="optimizer.step\\(\\) after restore"):
+            call()
+
+
+def test_restoring_before_backward_makes_autograd_raise():
+    bc = binaryconnect.BC(Small())
+    bc.binarization()
+    loss = F.cross_entropy(bc(batch(0)[0]), batch(0)[1])
+    bc.restore()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_clip_clips_the_weights_of_the_model_and_never_batch_norm_or_biases():
+    bc = binaryconnect.BC(Small())
+    with torch.no_grad():
+        for p in bc.parameters():
+            p.mul_(50).add_(0.01)
+    before = {k: p.detach().clone() for k, p in bc.model.named_parameters()}
+    bc.clip()
+    for name, p in bc.model.named_parameters():
+        expected = before[name].numpy().clip(-1, 1) if name in bc.names else before[name].numpy()
+        assert (p.detach().numpy() == expected).all()
+
+
+def test_the_object_is_a_module_with_to_parameters_train_eval_and_a_call():
+    bc = binaryconnect.BC(Small())
+    assert not bc.eval().model.norm.training and bc.train().model.norm.training
+    assert len(list(bc.parameters())) == len(list(bc.model.parameters()))
+    x, _ = batch(0)
+    assert torch.equal(bc.eval()(x), bc.model.eval()(x))
+    assert bc.to(torch.float64).model.conv.weight.dtype == torch.float64
+
+
+def test_moving_or_replacing_the_model_leaves_nothing_behind():
+    bc = binaryconnect.BC(Small())
+    bc.to(torch.float64)
+    bc.binarization()
+    assert all(w.dtype == torch.float64 for w in bc.saved_params)
+    bc.restore()
+    bc.model = Small()
+    bc.binarization()
+    assert set(bc.model.out.weight.detach().unique().tolist()) == {-1.0, 1.0}
+
+
+def test_an_evaluation_between_binarization_and_restore_scores_the_binary_network_and_loses_nothing():
+    bc = binaryconnect.BC(Small())
+    latent = weights_of(bc)
+    params, buffers = bcq.split(bc.model)
+    data = [batch(0, 64)]
+    expected = bcq.evaluate(bc.model, bcq.quantize_params(params, bc.names, bcq.binarize), buffers, data)
+    bc.binarization()
+    with torch.no_grad():
+        logits = bc.eval()(data[0][0])
+    bc.restore()
+    assert (logits.argmax(1) == data[0][1]).float().mean().item() == pytest.approx(expected["accuracy"])
+    assert same(weights_of(bc), latent)
+
+
+def test_a_nan_in_the_weights_is_an_error_before_anything_is_overwritten():
+    bc = binaryconnect.BC(Small())
+    with torch.no_grad():
+        bc.model.out.weight[0, 0] = float("nan")
+    conv = bc.model.conv.weight.detach().clone()
+    with pytest.raises(ValueError, match="NaN"):
+        bc.binarization()
+    assert torch.equal(bc.model.conv.weight, conv)
+
+
+def lab_loop(model, steps, update):
+    """The lab sheet's loop; update(bc, step) moves the latent weights."""
+    bc = binaryconnect.BC(model)
+    bc.train()
+    for i in range(steps):
+        x, y = batch(i)
+        bc.zero_grad()
+        bc.binarization()
+        F.cross_entropy(bc(x), y).backward()
+        bc.restore()
+        update(bc)
+        bc.clip()
+    return dict(bc.model.named_parameters())
+
+
+def functional_loop(model, steps, pair, lr):
+    names = bcq.quantizable(model)
+    params, buffers = bcq.split(model)
+    state = pair[0](params)
+    step = bcq.make_train_step(model, names, bcq.binarize, pair[1], bcq.cross_entropy())
+    for i in range(steps):
+        params, buffers, state, _ = step(params, buffers, state, batch(i), lr)
+    return params
+
+
+def toolkit_update(pair, lr):
+    state = []
+
+    @torch.no_grad()
+    def update(bc):
+        params = dict(bc.model.named_parameters())
+        grads = {k: p.grad for k, p in params.items()}
+        deltas, new = pair[1](grads, state.pop() if state else pair[0](params), params, lr)
+        state.append(new)
+        for k, p in params.items():
+            p.add_(deltas[k])
+    return update
+
+
+@pytest.mark.parametrize("pair", [bcq.sgd(0.9, nesterov=True), bcq.adam()])
+def test_the_labs_loop_and_the_functional_step_give_bitwise_the_same_weights_for_300_steps(pair):
+    torch.manual_seed(1)
+    model = Small()
+    expected = functional_loop(model, 300, pair, 0.01)
+    assert same({k: p.detach() for k, p in lab_loop(model, 300, toolkit_update(pair, 0.01)).items()}, expected)
+
+
+def test_the_labs_loop_with_torch_optim_sgd_stays_within_1e_5_of_the_functional_step_for_20_steps():
+    torch.manual_seed(1)
+    model = Small()
+    expected = functional_loop(model, 20, bcq.sgd(0.9), 0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    for name, p in lab_loop(model, 20, lambda bc: optimizer.step()).items():
+        torch.testing.assert_close(p.detach(), expected[name], rtol=0, atol=1e-5)
+
+
+def test_an_optimizer_over_bc_parameters_holds_the_models_own_weights():
+    model = Small()
+    bc = binaryconnect.BC(model)
+    assert all(a is b for a, b in zip(bc.parameters(), model.parameters()))
+
+
+def test_the_wrapper_of_a_checkpoint_made_from_bc_is_seen_through(tmp_path):
+    bc = binaryconnect.BC(Small())
+    bc.binarization()
+    torch.save({"net": bc.state_dict(), "hyperparam": None}, tmp_path / "bc.pth")
+    _, params, _, _ = bcq.load_checkpoint(tmp_path / "bc.pth", Small)
+    assert set(params["conv.weight"].unique().tolist()) == {-1.0, 1.0}
+
+
+def test_a_linear_layer_inside_attention_is_binarized_with_the_rest():
+    bc = binaryconnect.BC(nn.TransformerEncoderLayer(8, 2, 16))
+    bc.binarization()
+    assert all(set(w.detach().unique().tolist()) <= {-1.0, 1.0} for w in bc.target_modules)
+    bc.restore()

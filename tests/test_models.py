@@ -1,0 +1,84 @@
+"""The networks of models.py against published counts and shapes."""
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import bcq
+import models
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def weights(model):
+    params, _ = bcq.split(model)
+    return sum(params[n].numel() for n in bcq.quantizable(model))
+
+
+def test_resnet18_has_the_published_11_173_962_parameters():
+    assert parameters(models.resnet18()) == 11_173_962
+
+
+def test_resnet20_has_the_published_270_thousand_parameters():
+    assert 0.268e6 < parameters(models.resnet20()) < 0.275e6
+
+
+def test_wideresnet_28_10_has_the_published_36_5_million_parameters():
+    with torch.device("meta"):
+        assert parameters(models.wrn(classes=100)) / 1e6 == pytest.approx(36.5, abs=0.05)
+
+
+def test_the_papers_vgg_has_14_0_million_weights():
+    with torch.device("meta"):
+        assert weights(models.vgg_bc()) / 1e6 == pytest.approx(14.0, abs=0.05)
+
+
+def test_vgg_small_has_4_66_million_weights():
+    assert weights(models.vgg_small()) / 1e6 == pytest.approx(4.66, abs=0.005)
+
+
+def test_mobilenetv2_has_the_parameters_of_torchvisions():
+    assert parameters(models.mobilenetv2()) == parameters(torchvision.models.mobilenet_v2(num_classes=10))
+
+
+def test_fast_has_2_million_weights_and_no_layer_that_cannot_be_binary():
+    model = models.fast()
+    assert weights(model) / 1e6 == pytest.approx(2.0, abs=0.05)
+    assert {n for n, p in model.named_parameters() if p.ndim > 1} == set(bcq.quantizable(model))
+
+
+def test_the_first_weights_of_fast_are_signs_that_balance_every_pattern_with_its_opposite():
+    bank = models.hadamard_stem(32)
+    assert set(bank.unique().tolist()) == {-1.0, 1.0} and (bank.sum(0) == 0).all()
+    assert torch.linalg.matrix_rank(bank.flatten(1)) == 12
+    assert len({tuple(p.flatten().tolist()) for p in bank}) == 32
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_network_takes_classes_width_and_activation_and_gives_logits(name):
+    build = models.MODELS[name]
+    small = {"width": 1, "depth": 10} if name == "wrn" else {"width": 0.25}
+    calls = []
+
+    def act(x):
+        calls.append(x.shape)
+        return F.relu(x)
+
+    model = build(classes=7, act=act, **small)
+    assert bcq.apply(model, *bcq.split(model), torch.randn(2, 3, 32, 32))[0].shape == (2, 7)
+    assert calls
+    assert parameters(model) < parameters(build(classes=7, **{**small, "width": 2 * small["width"]}))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_network_says_in_its_first_line_what_it_is(name):
+    assert inspect.getdoc(models.MODELS[name])
+
+
+def test_a_wideresnet_of_an_impossible_depth_is_an_error():
+    with pytest.raises(ValueError, match="6 n \\+ 4"):
+        models.wrn(depth=27)

@@ -1,0 +1,120 @@
+"""Pure optimizers against torch.optim's own, and the schedules: section 4 of bcq.py."""
+import copy
+import math
+
+import pytest
+import torch
+from conftest import same
+
+import bcq
+
+SHAPES = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12), "bias": (8,)}
+
+
+def run(pair, torch_optimizer, shapes, steps=20, lr=0.05):
+    """The params after steps of a pure optimizer and of torch's, on the same random gradients."""
+    draw = torch.Generator().manual_seed(0)
+    params = {k: torch.randn(s, generator=draw) for k, s in shapes.items()}
+    theirs = {k: p.clone().requires_grad_() for k, p in params.items()}
+    optimizer = torch_optimizer(list(theirs.values()), lr)
+    init, update = pair
+    state = init(params)
+    for _ in range(steps):
+        grads = {k: torch.randn(s, generator=draw) for k, s in shapes.items()}
+        for k, p in theirs.items():
+            p.grad = grads[k].clone()
+        optimizer.step()
+        deltas, state = update(grads, state, params, torch.tensor(lr))
+        params = {k: params[k] + deltas[k] for k in params}
+    return params, {k: p.detach() for k, p in theirs.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True},
+                                     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"weight_decay": 0.1}])
+def test_sgd_takes_the_steps_of_torch_optim_sgd(options):
+    ours, theirs = run(bcq.sgd(**options), lambda p, lr: torch.optim.SGD(p, lr, **options), SHAPES)
+    for k in SHAPES:
+        torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)
+
+
+def test_adam_takes_the_steps_of_torch_optim_adam():
+    ours, theirs = run(bcq.adam(), lambda p, lr: torch.optim.Adam(p, lr), SHAPES)
+    for k in SHAPES:
+        torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_takes_the_steps_of_torch_optim_muon_on_matrices(nesterov):
+    matrices = {k: SHAPES[k] for k in ("tall", "wide")}
+    ours, theirs = run(bcq.muon(0.9, nesterov), lambda p, lr: torch.optim.Muon(
+        p, lr, weight_decay=0.0, momentum=0.9, nesterov=nesterov), matrices)
+    for k in matrices:
+        torch.testing.assert_close(ours[k], theirs[k], rtol=0, atol=0.02 * 0.05 * 20)   # bfloat16 inside, 20 steps of 0.05
+
+
+def test_muon_takes_a_convolution_as_the_matrix_out_by_in_times_k_times_k():
+    conv, _ = run(bcq.muon(), lambda p, lr: torch.optim.SGD(p, lr), {"w": (8, 3, 3, 3)})
+    flat, _ = run(bcq.muon(), lambda p, lr: torch.optim.SGD(p, lr), {"w": (8, 27)})
+    assert torch.equal(conv["w"].flatten(1), flat["w"])
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (20, 20), (8, 3, 3, 3)])
+def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_singular_values_near_one(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(g.flatten(1), full_matrices=False)
+    x = bcq.orthogonalize(g).flatten(1)
+    core = u.T @ x @ v.T
+    assert core.diagonal().min() > 0.6 and core.diagonal().max() < 1.3
+    assert (core - core.diagonal().diag()).abs().max() < 0.1
+
+
+def test_muon_refuses_vectors_and_by_name_sends_them_elsewhere():
+    params = {"w": torch.randn(4, 4), "bias": torch.randn(4)}
+    with pytest.raises(ValueError, match="bias"):
+        bcq.muon()[0](params)
+    init, update = bcq.by_name(["w"], bcq.muon(), bcq.sgd())
+    deltas, _ = update(params, init(params), params, 0.1)
+    assert torch.equal(deltas["bias"], -0.1 * params["bias"])
+    alone, _ = bcq.muon()[1]({"w": params["w"]}, bcq.muon()[0]({"w": params["w"]}), {"w": params["w"]}, 0.1)
+    assert torch.equal(deltas["w"], alone["w"])
+
+
+def test_scale_lr_multiplies_the_steps_by_a_number_or_name_by_name():
+    params = {"a": torch.randn(3), "b": torch.randn(3)}
+    for scale, expected in ((2.0, (2.0, 2.0)), ({"a": 5.0}, (5.0, 1.0))):
+        init, update = bcq.scale_lr(bcq.sgd(), scale)
+        deltas, _ = update(params, init(params), params, 0.1)
+        assert torch.equal(deltas["a"], expected[0] * (-0.1 * params["a"]))
+        assert torch.equal(deltas["b"], expected[1] * (-0.1 * params["b"]))
+
+
+def test_glorot_scale_is_the_inverse_of_the_papers_coefficient_and_its_square_for_sgd():
+    params = {"linear": torch.zeros(1024, 8192), "conv": torch.zeros(128, 3, 3, 3)}
+    scale = bcq.glorot_scale(params, list(params))
+    assert scale["linear"] == pytest.approx(1 / math.sqrt(1.5 / (8192 + 1024)))
+    assert scale["conv"] == pytest.approx(1 / math.sqrt(1.5 / (3 * 9 + 128 * 9)))
+    assert bcq.glorot_scale(params, list(params), power=2)["conv"] == pytest.approx(scale["conv"] ** 2)
+
+
+@pytest.mark.parametrize("pair", [bcq.sgd(0.9, True, 0.1), bcq.adam(), bcq.scale_lr(bcq.muon(), 2.0),
+                                  bcq.by_name(["a"], bcq.muon(), bcq.adam())])
+def test_an_update_writes_into_none_of_its_arguments(pair):
+    params, grads = ({k: torch.randn(4, 4) for k in "ab"} for _ in range(2))
+    state = pair[0](params)
+    _, state = pair[1](grads, state, params, 0.1)
+    kept = copy.deepcopy((grads, state, params))
+    pair[1](grads, state, params, 0.1)
+    assert same(kept, (grads, state, params))
+
+
+def test_the_linear_schedule_rises_over_the_warmup_and_falls_in_a_line_to_zero():
+    lr = bcq.linear_schedule(0.4, 10)
+    assert [lr(i) for i in (0, 5, 10)] == pytest.approx([0.4, 0.2, 0.0])
+    warm = bcq.linear_schedule(0.4, 10, warmup=3)
+    assert [warm(i) for i in (0, 1, 2, 3, 10)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.0])
+
+
+def test_the_exponential_schedule_goes_from_start_to_end_by_one_factor():
+    lr = bcq.exponential_schedule(3e-3, 2e-6, 500)
+    assert lr(0) == pytest.approx(3e-3) and lr(500) == pytest.approx(2e-6)
+    assert lr(101) / lr(100) == pytest.approx(lr(401) / lr(400)) == pytest.approx((2e-6 / 3e-3) ** (1 / 500))
