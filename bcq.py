@@ -1,19 +1,20 @@
 """bcq: 1-bit networks as pure functions over dicts of parameters.
 
-A network is a model (an nn.Module, read only for its forward code) and two dicts of tensors, params and buffers.
-A method is a pure function from the latent params to the params that the network computes with. Training is one
-pure function that returns what it changed:
+A network is a model (an nn.Module, read only for its forward code) and two dicts of tensors, params and
+buffers. A method is a pure function from the latent params to the params that the network computes with.
+Training is one pure function that returns what it changed:
 
-    latent params --quantize--> weights --forward, backward--> gradients --update--> latent params --clip--> ...
+    latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
 Read from top to bottom: 1 quantizers, 2 straight-through and maps over the dict, 3 the network as a function,
-4 optimizers and schedules, 5 the training step, 6 evaluation, 7 half precision, 8 checkpoints, 9 the lab's class.
+4 optimizers and schedules, 5 the training step, 6 evaluation, 7 half precision, 8 checkpoints, 9 the lab's
+class.
 
-Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model of
-yours draws its own). Unless said otherwise a dict maps names, as in model.named_parameters(), to tensors.
+Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
+of yours draws its own). Unless said otherwise a dict maps names, as in model.named_parameters(), to tensors.
 
-BinaryConnect: Courbariaux, Bengio, David, "BinaryConnect: Training Deep Neural Networks with binary weights during
-propagations", 2015, arXiv:1511.00363, called "the paper" below.
+BinaryConnect: Courbariaux, Bengio, David, "BinaryConnect: Training Deep Neural Networks with binary weights
+during propagations", 2015, arXiv:1511.00363, called "the paper" below.
 """
 import hashlib
 import io
@@ -26,15 +27,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 1. Quantizers: tensor -> tensor of the same shape and dtype
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def _no_nan(w):
-    """w itself. Eager code raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through instead."""
+    """w itself. Eager code raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through
+    instead."""
     if not torch.compiler.is_compiling() and w.isnan().any():
-        raise ValueError("NaN in the weights: it has no sign (a learning rate too high, or a division by zero?)")
+        raise ValueError("NaN in the weights: it has no sign (is the learning rate too high?)")
     return w
 
 
@@ -56,16 +58,16 @@ def binarize_stochastic(w, u):
     return torch.where(u < probability, 1.0, torch.where(u >= probability, -1.0, w)).to(w.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 2. Straight-through, and maps over the dict
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def straight_through(w, q):
     """Exactly q in the forward pass; in the backward pass the gradient goes to w as if q were w.
 
-    w, q: float tensors of one shape; w finite. The order of the operations matters: q + (w - w) is q to the last
-    bit, which w + (q - w) is not. Source: the paper, Algorithm 1 (the gradient at wb is applied to w).
+    w, q: float tensors of one shape; w finite. The order of the operations matters: q + (w - w) is q to the
+    last bit, which w + (q - w) is not. Source: the paper, Algorithm 1 (the gradient at wb is applied to w).
     """
     return q.detach() + (w - w.detach())
 
@@ -91,9 +93,11 @@ def _check_names(params, names):
 
 
 def quantize_params(params, names, quantizer, noise=None):
-    """The params with quantizer(w), or quantizer(w, noise[name]), in place of each w in names; others untouched.
+    """The params with quantizer(w), or quantizer(w, noise[name]), in place of each w in names; others
+    untouched.
 
-    The gradient passes straight through to the params given. Raises KeyError for a name that is not in params.
+    The gradient passes straight through to the params given. Raises KeyError for a name that is not in
+    params.
     """
     _check_names(params, names)
     draw = {name: () if noise is None else (noise[name],) for name in names}
@@ -123,9 +127,11 @@ def rescale(params, names, std):
 
 
 def draw_noise(params, names, generator):
-    """Uniform numbers in [0, 1) of the shape, dtype and device of each parameter in names, for binarize_stochastic.
+    """Uniform numbers in [0, 1) of the shape, dtype and device of each parameter in names, for
+    binarize_stochastic.
 
-    generator: a torch.Generator on the params' device; the only argument of this file that is advanced by a call.
+    generator: a torch.Generator on the params' device; the only argument of this file that is advanced by a
+    call.
     """
     _check_names(params, names)
     draw = lambda w: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
@@ -138,14 +144,15 @@ def saturation(params, names, bound=1.0):
 
 
 def flips(before, after, names):
-    """The share, 0 to 1, of signs that differ between two dicts of latent weights, over all the tensors in names."""
+    """The share, 0 to 1, of signs that differ between two dicts of latent weights, over all the tensors in
+    names."""
     changed = sum(((before[n] >= 0) != (after[n] >= 0)).sum().item() for n in names)
     return changed / sum(after[n].numel() for n in names)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 3. The network as a function
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def split(model):
@@ -160,10 +167,10 @@ def split(model):
 def apply(model, params, buffers, x, train=False):
     """The model's output for x, computed with these params and buffers: (logits, new buffers).
 
-    x: what the model's forward takes (a tuple is taken as several arguments). train: as model.train(train); the
-    batch-norm statistics that a training pass updates are in the buffers returned, never in those given. The model
-    itself is left as it was. Raises RuntimeError if a tensor of the model is missing from the dicts: torch would
-    silently compute with the module's own.
+    x: what the model's forward takes (a tuple is taken as several arguments). train: as model.train(train);
+    the batch-norm statistics that a training pass updates are in the buffers returned, never in those given.
+    The model itself is left as it was. Raises RuntimeError if a tensor of the model is missing from the
+    dicts: torch would silently compute with the module's own.
     """
     tensors = {**params, **{k: b.clone() for k, b in buffers.items()}}
     modes = [(module, module.training) for module in model.modules()]
@@ -177,7 +184,8 @@ def apply(model, params, buffers, x, train=False):
 
 
 def mixed_precision(dtype):
-    """A forward to pass in place of apply: the same under autocast to dtype, logits in float32; params unchanged."""
+    """A forward to pass in place of apply: the same under autocast to dtype, logits in float32; params
+    unchanged."""
     def forward(model, params, buffers, x, train=False):
         with torch.autocast(x.device.type, dtype):
             logits, buffers = apply(model, params, buffers, x, train)
@@ -185,14 +193,15 @@ def mixed_precision(dtype):
     return forward
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 4. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state); schedules
 #    lr is a number or a tensor without dimensions; the caller adds the deltas to the params.
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
-    """Stochastic gradient descent. Source: Sutskever et al. 2013 in the form of torch.optim.SGD, dampening 0."""
+    """Stochastic gradient descent. Source: Sutskever et al. 2013 in the form of torch.optim.SGD, dampening
+    0."""
     def init(params):
         return {k: torch.zeros_like(p) for k, p in params.items()}
 
@@ -223,7 +232,8 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def orthogonalize(g, steps=5):
-    """The matrix nearest to orthogonal of that of g, roughly: all singular values moved to between 0.7 and 1.2.
+    """The matrix nearest to orthogonal of that of g, roughly: all singular values moved to between 0.7 and
+    1.2.
 
     g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype, computed in
     bfloat16 by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon", and torch.optim.Muon.
@@ -240,8 +250,9 @@ def orthogonalize(g, steps=5):
 def muon(momentum=0.95, nesterov=True, steps=5):
     """Muon: momentum whose matrix is orthogonalized; convolutions as out x (in * k * k).
 
-    Rectangular matrices are scaled by sqrt(max(1, rows / columns)). init raises ValueError for a tensor of fewer than
-    two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024; torch.optim.Muon, decay 0.
+    Rectangular matrices are scaled by sqrt(max(1, rows / columns)). init raises ValueError for a tensor of
+    fewer than two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024;
+    torch.optim.Muon, decay 0.
     """
     def init(params):
         flat = [k for k, p in params.items() if p.ndim < 2]
@@ -275,7 +286,8 @@ def by_name(names, optimizer, rest):
 
 
 def scale_lr(optimizer, scale):
-    """The optimizer with its learning rate multiplied: by one number, or by scale[name] where it has the name."""
+    """The optimizer with its learning rate multiplied: by one number, or by scale[name] where it has the
+    name."""
     init, update = optimizer
 
     def scaled(grads, state, params, lr):
@@ -289,26 +301,28 @@ def scale_lr(optimizer, scale):
 def glorot_scale(params, names, power=1):
     """The paper's learning-rate scale of each weight: {name: (1 / sqrt(1.5 / (fan_in + fan_out))) ** power}.
 
-    power 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper, section 2.5; the
-    coefficient is Glorot and Bengio's (2010), by which the authors' code divides.
+    power 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper, section 2.5;
+    the coefficient is Glorot and Bengio's (2010), by which the authors' code divides.
     """
     fans = {n: params[n][0].numel() + params[n][:, 0].numel() for n in names}
     return {n: (fan / 1.5) ** (power / 2) for n, fan in fans.items()}
 
 
 def linear_schedule(peak, steps, warmup=0):
-    """lr(step): up to peak over the first warmup steps, then down in a straight line, to 0 at step == steps."""
+    """lr(step): up to peak over the first warmup steps, then down in a straight line, to 0 at step ==
+    steps."""
     return lambda step: peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
 
 
 def exponential_schedule(start, end, steps):
-    """lr(step): from start at step 0 to end at step == steps, by one factor a step. Source: the paper, section 3."""
+    """lr(step): from start at step 0 to end at step == steps, by one factor a step. Source: the paper,
+    section 3."""
     return lambda step: start * (end / start) ** (step / steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 5. The training step
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def cross_entropy(smoothing=0.0):
@@ -319,7 +333,8 @@ def cross_entropy(smoothing=0.0):
 def square_hinge(logits, labels):
     """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
 
-    logits: float (n, classes); labels: int64 (n,). Source: the paper, section 3, after Tang 2013, arXiv:1306.0239.
+    logits: float (n, classes); labels: int64 (n,). Source: the paper, section 3, after Tang 2013,
+    arXiv:1306.0239.
     """
     target = 2.0 * F.one_hot(labels, logits.shape[1]) - 1
     return (1 - target * logits).clamp(min=0).square().mean()
@@ -328,9 +343,9 @@ def square_hinge(logits, labels):
 def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply):
     """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
 
-    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and accuracy
-    (0 to 1) of the batch as tensors without dimensions, so that nothing waits for a GPU. batch is (x, labels).
-    An ordinary network is the case of no names. Source: the paper, Algorithm 1.
+    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and
+    accuracy (0 to 1) of the batch as tensors without dimensions, so that nothing waits for a GPU. batch is
+    (x, labels). An ordinary network is the case of no names. Source: the paper, Algorithm 1.
     """
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
@@ -349,17 +364,17 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
     return step
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 6. Evaluation
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(model, params, buffers, batches, forward=apply):
     """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
 
-    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, and the latent ones
-    only as a diagnostic, since batch norm belongs to the binary weights. batches: pairs (x, labels).
+    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, and the latent
+    ones only as a diagnostic, since batch norm belongs to the binary weights. batches: pairs (x, labels).
     Raises ValueError if there are none.
     """
     correct = loss = images = 0
@@ -373,15 +388,17 @@ def evaluate(model, params, buffers, batches, forward=apply):
     return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 7. Half precision after training: a map over the dict
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def to_dtype(tensors, dtype):
-    """A dict of params or buffers with its floating tensors in dtype: float16, bfloat16, as model.half() would.
+    """A dict of params or buffers with its floating tensors in dtype: float16, bfloat16, as model.half()
+    would.
 
-    Raises ValueError, naming the tensor, where a finite value would become infinite (in float16, beyond 65504).
+    Raises ValueError, naming the tensor, where a finite value would become infinite (in float16, beyond
+    65504).
     """
     converted = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     for name, t in tensors.items():
@@ -398,27 +415,31 @@ def in_dtype(dtype):
     return forward
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 8. Checkpoints: a file that torch.load reads, sealed with a checksum over every byte
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
-_SEAL = b"bcq-seal"   # with the SHA-256 after it, the comment at the end of the zip archive that torch.save writes
+_SEAL = b"bcq-seal"   # and the SHA-256: the comment at the end of the zip archive that torch.save writes
 
 
 def state_dict(model, params, buffers):
-    """The tensors under the names that model.load_state_dict expects: tied weights under each of their names."""
+    """The tensors under the names that model.load_state_dict expects: tied weights under each of their
+    names."""
     tensors, canonical = {**params, **buffers}, {}
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         canonical.setdefault(id(t), name)
-    return {k: tensors[canonical[id(t)]] for k, t in model.state_dict(keep_vars=True).items() if id(t) in canonical}
+    expected = model.state_dict(keep_vars=True)
+    return {k: tensors[canonical[id(t)]] for k, t in expected.items() if id(t) in canonical}
 
 
 def save_checkpoint(path, net, hyperparam, **meta):
-    """Writes {'net': net, 'hyperparam': hyperparam, **meta} to path, atomically: the old file or the new, never half.
+    """Writes {'net': net, 'hyperparam': hyperparam, **meta} to path, atomically: the old file or the new,
+    never half.
 
-    net: the weights that the network computes with (for BinaryConnect +-1), from state_dict; hyperparam: the dict of
-    arguments that the constructor takes; meta: tensors, numbers, strings, dicts and lists (by convention latent,
-    mode, model, dataset, classes and accuracies). torch.load reads the file. Raises OSError if it cannot be written.
+    net: the weights that the network computes with (for BinaryConnect +-1), from state_dict; hyperparam: the
+    dict of arguments that the constructor takes; meta: tensors, numbers, strings, dicts and lists (by
+    convention latent, mode, model, dataset, classes and accuracies). torch.load reads the file. Raises
+    OSError if it cannot be written.
     """
     stream = io.BytesIO()
     torch.save({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, stream)
@@ -438,8 +459,8 @@ def save_checkpoint(path, net, hyperparam, **meta):
 def read_checkpoint(path):
     """The dict in a checkpoint file, tensors on the CPU; its checksum is verified before anything is parsed.
 
-    Files that others wrote with torch.save have no seal and are read without one; no code in a file is ever run.
-    Raises OSError if there is no such file, ValueError if it is damaged or no checkpoint.
+    Files that others wrote with torch.save have no seal and are read without one; no code in a file is ever
+    run. Raises OSError if there is no such file, ValueError if it is damaged or no checkpoint.
     """
     data = Path(path).read_bytes()
     sealed, digest = data[:-32], data[-32:]
@@ -449,7 +470,8 @@ def read_checkpoint(path):
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:   # torch.load raises many kinds for a file that it cannot read
-        why = "it holds a pickled object, not tensors" if "weights_only" in str(error).lower() else "damaged, or not one"
+        pickled = "weights_only" in str(error).lower()
+        why = "it holds a pickled object, not tensors" if pickled else "damaged, or not one"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
     if not isinstance(content, dict) or ("bcq" in content and not has_seal):
         raise ValueError(f"{path}: damaged, its checksum is missing" if isinstance(content, dict) else
@@ -458,7 +480,8 @@ def read_checkpoint(path):
 
 
 def _fit(net, expected, path):
-    """net with the prefixes of wrappers removed; raises ValueError that says which keys do not fit expected."""
+    """net with the prefixes of wrappers removed; raises ValueError that says which keys do not fit
+    expected."""
     def strip(name):
         bare = name
         while bare not in expected and bare.startswith(("module.", "model.", "_orig_mod.")):
@@ -469,7 +492,8 @@ def _fit(net, expected, path):
     shape = lambda t: tuple(t.shape) if torch.is_tensor(t) else type(t).__name__
     wrong = [f"{k} is {shape(net[k])}, expected {tuple(t.shape)}" for k, t in expected.items()
              if k in net and shape(net[k]) != tuple(t.shape)]
-    wrong += [f"{k} is missing" for k in expected if k not in net] + [f"{k} is unknown" for k in net if k not in expected]
+    wrong += [f"{k} is missing" for k in expected if k not in net]
+    wrong += [f"{k} is unknown" for k in net if k not in expected]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} of its keys do not fit the model: {'; '.join(wrong)}")
     return net
@@ -478,36 +502,39 @@ def _fit(net, expected, path):
 def load_checkpoint(path, build):
     """The network in a file: (model, params, buffers, meta), params being what it computes with.
 
-    build: the constructor, called as build(**hyperparam), or build(hyperparam) where the file holds a single value,
-    or build() where it holds none. meta: all else in the file, latent weights included. A plain state dict, or one
-    under 'net', with the prefixes module., model. or _orig_mod., is read too. Raises OSError, or ValueError with
-    exactly the keys that do not fit.
+    build: the constructor, called as build(**hyperparam), or build(hyperparam) where the file holds a single
+    value, or build() where it holds none. meta: all else in the file, latent weights included. A plain state
+    dict, or one under 'net', with the prefixes module., model. or _orig_mod., is read too. Raises OSError, or
+    ValueError with exactly the keys that do not fit.
     """
     content = read_checkpoint(path)
     net, hyperparam = content.get("net", content), content.get("hyperparam")
     try:
-        model = build(**hyperparam) if isinstance(hyperparam, dict) else build(*[h for h in [hyperparam] if h is not None])
+        value = () if hyperparam is None else (hyperparam,)
+        model = build(**hyperparam) if isinstance(hyperparam, dict) else build(*value)
     except TypeError as error:
         raise ValueError(f"{path}: the model does not take the hyperparam in the file ({error})") from None
     net = _fit(net, model.state_dict(), path)
     model.load_state_dict(net)
     params, buffers = split(model)
     stored = lambda tensors: {k: net[k].clone() if k in net else t for k, t in tensors.items()}
-    return model, stored(params), stored(buffers), {k: v for k, v in content.items() if "net" in content and k != "net"}
+    meta = {k: v for k, v in content.items() if k != "net"} if "net" in content else {}
+    return model, stored(params), stored(buffers), meta
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # 9. The lab's class, over the functions above
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 class BC(nn.Module):
     """The model with its Conv2d and Linear weights binarized on demand, in place, as in the lab:
 
-        bc.binarization(); loss = criterion(bc(x), y); loss.backward(); bc.restore(); optimizer.step(); bc.clip()
+        bc.binarization(); criterion(bc(x), y).backward(); bc.restore(); optimizer.step(); bc.clip()
 
-    It is an nn.Module: .to, .parameters, .train, .eval and calling it work. saved_params: the latent weights, a list
-    of tensors in the order of target_modules, the list of weights. One source of truth: both follow self.model.
+    It is an nn.Module: .to, .parameters, .train, .eval and calling it work. saved_params: the latent weights,
+    a list of tensors in the order of target_modules, the list of weights. One source of truth: both follow
+    self.model.
     """
 
     def __init__(self, model):
@@ -527,8 +554,9 @@ class BC(nn.Module):
             weight.copy_(tensor)   # inside no_grad, yet autograd counts the write: a later backward() raises
 
     def _check_unchanged(self):
-        if self._binary and not all(torch.equal(w, b.to(w.device)) for w, b in zip(self.target_modules, self._binary)):
-            raise RuntimeError("the weights were changed between binarization() and restore(), and that change would "
+        pairs = zip(self.target_modules, self._binary or [])
+        if not all(torch.equal(w, b.to(w.device)) for w, b in pairs):
+            raise RuntimeError("the weights were changed between binarization() and restore(), and that would "
                                "be lost: call optimizer.step() after restore()")
 
     def save_params(self):
@@ -545,7 +573,8 @@ class BC(nn.Module):
         self._write(self._binary)
 
     def restore(self):
-        """Writes the latent weights back. Raises RuntimeError if the weights were changed since binarization()."""
+        """Writes the latent weights back. Raises RuntimeError if the weights were changed since
+        binarization()."""
         self._check_unchanged()
         if self._binary:
             self._write(self.saved_params)

@@ -1,7 +1,8 @@
 """The networks of the examples, as plain modules that know nothing of quantization.
 
-Each takes classes (the number of outputs), width (a factor on its channels) and act (the activation, a function),
-and maps float images (n, 3, 32, 32), normalised, to logits (n, classes). MODELS, at the end, names them all.
+Each takes classes (the number of outputs), width (a factor on its channels) and act (the activation, a
+function), and maps float images (n, 3, 32, 32), normalised, to logits (n, classes). MODELS, at the end, names
+them all.
 """
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from torch import nn
 
 
 def conv(cin, cout, k=3, stride=1, groups=1):
-    """A convolution without bias that keeps the size (divided by the stride): batch norm follows it everywhere."""
+    """A convolution without bias that keeps the size (divided by the stride): batch norm follows it
+    everywhere."""
     return nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False)
 
 
@@ -27,8 +29,9 @@ def conv_norms(channels, cin=3):
 class VGG(nn.Module):
     """(2 x C3) - MP2 three times, then fully connected layers, batch norm after every layer, the last too.
 
-    vgg_bc: the paper's, 128, 256, 512 channels and (2 x 1024FC) - 10 (arXiv:1511.00363, section 3.3). vgg_small: the
-    same convolutions and one fully connected layer, the usual small one of the 1-bit literature.
+    vgg_bc: the paper's, 128, 256, 512 channels and (2 x 1024FC) - 10 (arXiv:1511.00363, section 3.3).
+    vgg_small: the same convolutions and one fully connected layer, the usual small one of the 1-bit
+    literature.
     """
 
     def __init__(self, classes=10, width=1.0, hidden=(1024, 1024), act=F.relu):
@@ -54,8 +57,8 @@ class VGG(nn.Module):
 class Basic(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, arXiv:1512.03385, figure 5).
 
-    projection: where the shape changes, the shortcut is a 1x1 convolution with batch norm (option B), or, if False,
-    the input subsampled and padded with zero channels (option A), which has no weights.
+    projection: where the shape changes, the shortcut is a 1x1 convolution with batch norm (option B), or, if
+    False, the input subsampled and padded with zero channels (option A), which has no weights.
     """
 
     def __init__(self, cin, cout, stride, projection, act):
@@ -76,7 +79,8 @@ class Basic(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNets of He et al. 2015: a 3x3 convolution, stages of Basic blocks, mean pooling, one linear layer."""
+    """The CIFAR ResNets of He et al. 2015: a 3x3 convolution, stages of Basic blocks, mean pooling, one
+    linear layer."""
 
     def __init__(self, channels, depth, projection, classes, act):
         super().__init__()
@@ -84,8 +88,8 @@ class ResNet(nn.Module):
         self.act = act
         self.conv, self.norm = conv(3, channels[0]), nn.BatchNorm2d(channels[0])
         self.blocks = nn.Sequential(*[
-            Basic(widths[s] if i == 0 else widths[s + 1], widths[s + 1], 2 if s and i == 0 else 1, projection, act)
-            for s in range(len(channels)) for i in range(depth)])
+            Basic(cout if i else cin, cout, 2 if s and not i else 1, projection, act)
+            for s, (cin, cout) in enumerate(zip(widths, channels)) for i in range(depth)])
         self.linear = nn.Linear(channels[-1], classes)
 
     def forward(self, x):
@@ -94,7 +98,8 @@ class ResNet(nn.Module):
 
 
 class PreAct(nn.Module):
-    """Batch norm and activation before each of two 3x3 convolutions (Zagoruyko and Komodakis 2016, arXiv:1605.07146)."""
+    """Batch norm and activation before each of two 3x3 convolutions (Zagoruyko and Komodakis 2016,
+    arXiv:1605.07146)."""
 
     def __init__(self, cin, cout, stride, act):
         super().__init__()
@@ -110,7 +115,8 @@ class PreAct(nn.Module):
 
 
 class WRN(nn.Module):
-    """WideResNet-depth-width: three stages of (depth - 4) / 6 PreAct blocks, 16, 32, 64 times width channels."""
+    """WideResNet-depth-width: three stages of (depth - 4) / 6 PreAct blocks, 16, 32, 64 times width
+    channels."""
 
     def __init__(self, classes=10, width=10, depth=28, act=F.relu):
         super().__init__()
@@ -120,8 +126,8 @@ class WRN(nn.Module):
         self.act = act
         self.conv = conv(3, 16)
         self.blocks = nn.Sequential(*[
-            PreAct(widths[s] if i == 0 else widths[s + 1], widths[s + 1], 2 if s and i == 0 else 1, act)
-            for s in range(3) for i in range((depth - 4) // 6)])
+            PreAct(cout if i else cin, cout, 2 if s and not i else 1, act)
+            for s, (cin, cout) in enumerate(zip(widths, widths[1:])) for i in range((depth - 4) // 6)])
         self.norm, self.linear = nn.BatchNorm2d(widths[-1]), nn.Linear(widths[-1], classes)
 
     def forward(self, x):
@@ -130,7 +136,8 @@ class WRN(nn.Module):
 
 
 class Inverted(nn.Module):
-    """Expand by a 1x1 (not where expand is 1), filter each channel by a 3x3, project by a 1x1 (Sandler et al. 2018, arXiv:1801.04381)."""
+    """Expand by a 1x1 (not where expand is 1), filter each channel by a 3x3, project by a 1x1 (Sandler et al.
+    2018, arXiv:1801.04381)."""
 
     def __init__(self, cin, cout, expand, stride, act):
         super().__init__()
@@ -147,10 +154,12 @@ class Inverted(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 with the strides of a 32x32 input: the first convolution and the second stage keep the size."""
+    """MobileNetV2 with the strides of a 32x32 input: the first convolution and the second stage keep the
+    size."""
 
     # expansion, channels, blocks, stride of the first block: table 2 of arXiv:1801.04381, strides for 32x32
-    STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
+              (6, 320, 1, 1))
 
     def __init__(self, classes=10, width=1.0, act=F.relu6):
         super().__init__()
@@ -159,8 +168,9 @@ class MobileNetV2(nn.Module):
         self.act = act
         self.conv, self.norm = conv(3, first), nn.BatchNorm2d(first)
         self.blocks = nn.Sequential(*[
-            Inverted(widths[s] if i == 0 else widths[s + 1], widths[s + 1], expand, stride if i == 0 else 1, act)
-            for s, (expand, _, blocks, stride) in enumerate(self.STAGES) for i in range(blocks)])
+            Inverted(cout if i else cin, cout, expand, 1 if i else stride, act)
+            for cin, cout, (expand, _, blocks, stride) in zip(widths, channels, self.STAGES)
+            for i in range(blocks)])
         self.conv_last, self.norm_last = conv(widths[-1], last, 1), nn.BatchNorm2d(last)
         self.linear = nn.Linear(last, classes)
 
@@ -190,15 +200,17 @@ def resnet18(classes=10, width=1.0, act=F.relu):
 
 
 def hadamard_stem(channels):
-    """The first weights of Fast, (channels, 3, 2, 2) of +-1: edges and colour contrasts of 2x2 pixels, each with its
-    opposite.
+    """The first weights of Fast, (channels, 3, 2, 2) of +-1: edges and colour contrasts of 2x2 pixels, each
+    with its opposite.
 
-    Natural images are nearly decorrelated by such patterns (Haar wavelets in space, differences of colours), whose
-    entries are +-1 as they stand; batch norm behind them brings each to unit variance, which makes them a whitening.
+    Natural images are nearly decorrelated by such patterns (Haar wavelets in space, differences of colours),
+    whose entries are +-1 as they stand; batch norm behind them brings each to unit variance, which makes them
+    a whitening.
     """
     mean, across, down, corner = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1.]])
-    one, other = torch.tensor([[-1, -1, -1, 1], [1, -1, -1, -1.]])     # no pattern of 2x2 has mean 1/3, these have 1/2
-    colours = [(mean, -mean, corner), (mean, -mean, -corner), (one, one.flip(0), mean), (other, other.flip(0), mean)]
+    half, other = torch.tensor([[-1, -1, -1, 1], [1, -1, -1, -1.]])   # of mean -1/2, to balance a mean of 1
+    colours = [(mean, -mean, corner), (mean, -mean, -corner)]
+    colours += [(half, half.flip(0), mean), (other, other.flip(0), mean)]
     edges = [tuple(-e if i == odd else e for i in range(3)) for e in (across, down) for odd in (2, 1, 0)]
     patterns = [(e, e, e) for e in (mean, across, down, corner)] + colours + edges
     patterns += [(corner, -corner, corner), (corner, corner, -corner)]
@@ -207,11 +219,13 @@ def hadamard_stem(channels):
 
 
 class Fast(nn.Module):
-    """A network made for training speed, after airbench94 (Jordan 2024, arXiv:2404.00498): 64, 256, 256 channels.
+    """A network made for training speed, after airbench94 (Jordan 2024, arXiv:2404.00498): 64, 256, 256
+    channels.
 
-    Here its first layer is trained (see hadamard_stem) and may be binary like the others, pooling to one pixel is by
-    mean, and batch norm stands after the last layer too, as in the BinaryConnect paper: it gives +-1 weights logits
-    of the right scale. Batch norm has no learned scale but there: a scale before a sign-invariant layer does little.
+    Here its first layer is trained (see hadamard_stem) and may be binary like the others, pooling to one
+    pixel is by mean, and batch norm stands after the last layer too, as in the BinaryConnect paper: it gives
+    +-1 weights logits of the right scale. Batch norm has no learned scale but there: a scale before a
+    sign-invariant layer does little.
     """
 
     def __init__(self, classes=10, width=1.0, act=F.gelu):

@@ -1,18 +1,21 @@
 """Trains, evaluates and converts 1-bit networks: python run.py --mode bc. See python run.py --help."""
+
 import argparse
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import platform
-import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -25,22 +28,25 @@ from tqdm import tqdm
 import bcq
 import models
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Presets: the one table. Later rows override earlier ones; flags override all.
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
-DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, weight_decay=5e-4, schedule="linear",
-                warmup=0.0, smoothing=0.0, latent_std=None, flip=True, crop=4, cutout=0)
+DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, weight_decay=5e-4,
+                schedule="linear", warmup=0.0, smoothing=0.0, latent_std=None, flip=True, crop=4, cutout=0)
 PRESETS = {
-    "fast": dict(epochs=10, batch_size=250, optimizer="muon", lr=0.1, rest_lr=1.0, weight_decay=0.0, smoothing=0.2, crop=2),
+    "fast": dict(epochs=10, batch_size=250, optimizer="muon", lr=0.1, rest_lr=1.0, weight_decay=0.0,
+                 smoothing=0.2, crop=2),
     "bc": dict(weight_decay=0.0, latent_std=0.1),
     "fast bc": dict(),
-    "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0, schedule="exponential",
-                  latent_std=None, smoothing=None, flip=False, crop=0),
+    "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0,
+                  schedule="exponential", latent_std=None, smoothing=None, flip=False, crop=0),
 }
 PAPER_LR_END = 2e-6
-MODES = {"fp32": (None, "an ordinary network"), "bc": (bcq.binarize, "BinaryConnect, deterministic"),
-         "bc-stochastic": (bcq.binarize_stochastic, "BinaryConnect, stochastic in training, deployed as sign(w)")}
+MODES = {
+    "fp32": (None, "an ordinary network"), "bc": (bcq.binarize, "BinaryConnect, deterministic"),
+    "bc-stochastic": (bcq.binarize_stochastic, "BinaryConnect, stochastic in training, deployed as sign(w)")
+}
 
 
 def preset(mode, model, paper=False):
@@ -56,27 +62,30 @@ def optimizer(settings, params, names):
     rest = bcq.scale_lr(bcq.sgd(0.85, nesterov=True), settings["rest_lr"])
     matrices = [k for k, p in params.items() if p.ndim > 1]
     return {
-        "sgd": lambda: bcq.sgd(0.9, nesterov=True, weight_decay=settings["weight_decay"]),
-        "adam": bcq.adam,
+        "sgd": lambda: bcq.sgd(0.9, nesterov=True, weight_decay=settings["weight_decay"]), "adam": bcq.adam,
         "adam-glorot": lambda: bcq.scale_lr(bcq.adam(), bcq.glorot_scale(params, names)),
-        "muon": lambda: bcq.by_name(matrices, bcq.muon(0.6), rest),
+        "muon": lambda: bcq.by_name(matrices, bcq.muon(0.6), rest)
     }[settings["optimizer"]]()
 
 
 OPTIMIZERS = ("sgd", "adam", "adam-glorot", "muon")
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Data: a dict of uint8 tensors train_x, train_y, test_x, test_y, with name, classes, mean, std
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-STATISTICS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-              "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))}
-SHAPES = ("circle", "square", "triangle", "ring", "plus", "cross", "crescent", "stripes", "checkers", "two dots")
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+}
+SHAPES = ("circle", "square", "triangle", "ring", "plus", "cross", "crescent", "stripes", "checkers",
+          "two dots")
 
 
 def draw_shapes(count, generator):
-    """count pictures of ten shapes, uint8 (count, 3, 32, 32), and their labels: place, size, angle, colours vary."""
+    """count pictures of ten shapes, uint8 (count, 3, 32, 32), and their labels: place, size, angle, colours
+    vary."""
     uniform = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
     labels = torch.arange(count) % 10
     grid = torch.arange(32.0)
@@ -86,28 +95,38 @@ def draw_shapes(count, generator):
     y = (dy * angle.cos() - dx * angle.sin()) / size
     r, side = (x * x + y * y).sqrt(), torch.maximum(x.abs(), y.abs())
     inside = torch.stack([
-        r < 1, side < 0.85, (y < 0.8) & (y > 2 * x.abs() - 1), (r < 1) & (r > 0.55),
+        r < 1,
+        side < 0.85,
+        (y < 0.8) & (y > 2 * x.abs() - 1),
+        (r < 1) & (r > 0.55),
         (torch.minimum(x.abs(), y.abs()) < 0.27) & (side < 1),
         ((x.abs() - y.abs()).abs() < 0.38) & (side < 0.9),
-        (r < 1) & ((x - 0.45).square() + y * y > 0.6), (side < 0.95) & (torch.sin(6.6 * y) > 0),
+        (r < 1) & ((x - 0.45).square() + y * y > 0.6),
+        (side < 0.95) & (torch.sin(6.6 * y) > 0),
         (side < 0.95) & (torch.sin(5 * x) * torch.sin(5 * y) > 0),
-        (x.abs() - 0.55).square() + y * y < 0.17])[labels, torch.arange(count)]
+        (x.abs() - 0.55).square() + y * y < 0.17,
+    ])[labels, torch.arange(count)]
     colours = torch.rand(2, count, 3, 1, 1, generator=generator)
-    far = (colours[0] - colours[1]).abs().sum(1, keepdim=True) > 0.5          # else black on white: always visible
+    far = (colours[0] - colours[1]).abs().sum(1, keepdim=True) > 0.5  # else black on white: always visible
     ink, paper = torch.where(far, colours, torch.tensor([0.1, 0.9]).view(2, 1, 1, 1, 1))
-    picture = torch.where(inside[:, None], ink, paper) + 0.12 * torch.randn(count, 3, 32, 32, generator=generator)
+    picture = torch.where(inside[:, None], ink,
+                          paper) + 0.12 * torch.randn(count, 3, 32, 32, generator=generator)
     return (picture.clamp(0, 1) * 255).to(torch.uint8), labels
 
 
 def load_shapes():
-    """The built-in data set, 20,000 training and 4,000 test pictures, the same on every machine and at every call."""
+    """The built-in data set, 20,000 training and 4,000 test pictures, the same on every machine and at every
+    call."""
     train, test = (draw_shapes(n, torch.Generator().manual_seed(n)) for n in (20_000, 4_000))
-    return {"name": "shapes", "classes": list(SHAPES), "train_x": train[0], "train_y": train[1],
-            "test_x": test[0], "test_y": test[1]}
+    return {
+        "name": "shapes", "classes": list(SHAPES), "train_x": train[0], "train_y": train[1],
+        "test_x": test[0], "test_y": test[1]
+    }
 
 
 def load_torchvision(name, root):
-    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into root where it is absent. Raises OSError without it."""
+    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into root where it is absent. Raises OSError
+    without it."""
     build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
@@ -126,9 +145,14 @@ def load_torchvision(name, root):
 
 def load_tree(root, name):
     """The images in root/{train,test}/CLASS/*, RGB of 32x32, decoded once and kept in root/bcq-cache.pth."""
-    files = {split: sorted(p for p in (root / split).glob("*/*") if not p.name.startswith(".")) for split in ("train", "test")}
-    folders = {split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
-               for split in files if (root / split).is_dir()}
+    files = {
+        split: sorted(p for p in (root / split).glob("*/*") if not p.name.startswith("."))
+        for split in ("train", "test")
+    }
+    folders = {
+        split: sorted(p.name for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
+        for split in files if (root / split).is_dir()
+    }
     for split in files:
         if split not in folders:
             raise ValueError(f"{root}: no folder {split}/ (expected {root}/{{train,test}}/CLASS/IMAGE)")
@@ -136,8 +160,10 @@ def load_tree(root, name):
         if empty:
             raise ValueError(f"{root / split}: no images in class {', '.join(sorted(empty))}")
     if folders["train"] != folders["test"] or len(folders["train"]) < 2:
-        raise ValueError(f"{root}: train has the classes {', '.join(folders['train'])}; test, {', '.join(folders['test'])}; "
-                         "they must be the same, at least two")
+        raise ValueError(
+            f"{root}: train has the classes {', '.join(folders['train'])}; test: {', '.join(folders['test'])}"
+            "; they must be the same, at least two"
+        )
     if name == "cifar10" and tuple(folders["train"]) != CIFAR10:
         raise ValueError(f"{root}: its classes are not CIFAR-10's; use --dataset {root}")
     if name == "cifar100" and len(folders["train"]) != 100:
@@ -150,7 +176,7 @@ def load_tree(root, name):
         if content["hyperparam"] == fingerprint:
             return {"name": name, "classes": folders["train"], **content["net"]}
     except (OSError, ValueError, KeyError):
-        pass   # no cache, or one of other files, or a damaged one: decode again
+        pass  # no cache, or one of other files, or a damaged one: decode again
     print(f"data       decoding {len(stamps):,} images of {root}")
     tensors = {}
     for split in files:
@@ -164,14 +190,17 @@ def load_tree(root, name):
 
 
 def decode(path, resize=False):
-    """An image file as uint8 (3, 32, 32). Raises ValueError unless it is RGB of 32x32, or is made so by resize."""
+    """An image file as uint8 (3, 32, 32). Raises ValueError unless it is RGB of 32x32, or is made so by
+    resize."""
     from PIL import Image, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             if resize:
                 image = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
             if image.mode != "RGB" or image.size != (32, 32):
-                raise ValueError(f"{path}: {image.mode} of {image.width}x{image.height}, expected RGB of 32x32")
+                raise ValueError(
+                    f"{path}: {image.mode} of {image.width}x{image.height}, expected RGB of 32x32")
             pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except FileNotFoundError:
         raise
@@ -201,7 +230,9 @@ def load_data(dataset, data_dir, classes=None):
             data = load_shapes()
     if classes:
         if not 2 <= classes <= len(data["classes"]):
-            raise ValueError(f"--classes {classes}: {data['name']} has {len(data['classes'])} classes, at least 2 are needed")
+            raise ValueError(
+                f"--classes {classes}: {data['name']} has {len(data['classes'])} classes, 2 are needed"
+            )
         for split in ("train", "test"):
             kept = data[f"{split}_y"] < classes
             data |= {f"{split}_x": data[f"{split}_x"][kept], f"{split}_y": data[f"{split}_y"][kept]}
@@ -215,7 +246,8 @@ def load_data(dataset, data_dir, classes=None):
 
 
 def split_validation(data, val, subset, seed):
-    """The data with subset training images drawn by the seed, and the last val of a fixed shuffle as val_x, val_y."""
+    """The data with subset training images drawn by the seed, and the last val of a fixed shuffle as val_x,
+    val_y."""
     order = torch.randperm(len(data["train_y"]), generator=torch.Generator().manual_seed(0))
     held, kept = order[:val], order[val:]
     if subset:
@@ -240,11 +272,11 @@ def augment(x, flip, crop, cutout, generator):
     cutout: the side in pixels of a square of mean grey (DeVries and Taylor 2017), 0 for none.
     """
     n, _, h, w = x.shape
-    at = partial(torch.randint, generator=generator, device=x.device, size=(n,))
+    at = partial(torch.randint, generator=generator, device=x.device, size=(n, ))
     if flip is not None:
         x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
     if crop:
-        windows = F.pad(x, (crop,) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
+        windows = F.pad(x, (crop, ) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
         x = windows[torch.arange(n, device=x.device), :, at(0, 2 * crop + 1), at(0, 2 * crop + 1)]
     if cutout:
         near = lambda size: (torch.arange(size, device=x.device) - at(0, size)[:, None]).abs() * 2 < cutout
@@ -252,16 +284,19 @@ def augment(x, flip, crop, cutout, generator):
     return x
 
 
-def batches(x, y, data, size=500):
-    """Pairs of normalised images and labels, in order, all of them."""
+def batches(data, split, size=500):
+    """Pairs of prepared images and labels of a split, in order, all of them."""
+    x, y = data[f"{split}_x"], data[f"{split}_y"]
     for i in range(0, len(y), size):
-        yield normalize(x[i:i + size], data["mean"], data["std"]), y[i:i + size]
+        yield prepare(x[i:i + size], data), y[i:i + size]
 
 
 def fit_zca(x, bias=0.1):
-    """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean, matrix).
+    """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean,
+    matrix).
 
-    x: uint8 (n, c, h, w). To be applied by whiten. Source: arXiv:1511.00363, section 3.3; bias as in pylearn2.
+    x: uint8 (n, c, h, w). To be applied by whiten. Source: arXiv:1511.00363, section 3.3; bias as in
+    pylearn2.
     """
     flat = contrast(x)
     mean = flat.mean(0)
@@ -277,24 +312,26 @@ def contrast(x, scale=55.0):
 
 
 def prepare(x, data):
-    """uint8 images as the network takes them: normalised by channel, or whitened where the data hold a zca."""
+    """uint8 images as the network takes them: normalised by channel, or whitened where the data hold a
+    zca."""
     if "zca" not in data:
         return normalize(x, data["mean"], data["std"])
     mean, matrix = data["zca"]
     return ((contrast(x) - mean) @ matrix).view(x.shape).contiguous(memory_format=torch.channels_last)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The machine
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def keep_memory():
-    """Tells glibc to keep freed blocks: giving them back at every step costs a third of the time of a CPU step."""
+    """Tells glibc to keep freed blocks: giving them back at every step costs a third of the time of a CPU
+    step."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: no block of its own mapping
-        libc.mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: never trim the top
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the top
 
 
 def fast_bf16(device):
@@ -302,8 +339,8 @@ def fast_bf16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.exists() and any(
-        flag in cpuinfo.read_text() for flag in (" amx_bf16", " avx512_bf16"))
+    return device.type == "cpu" and cpuinfo.exists() and any(flag in cpuinfo.read_text()
+                                                             for flag in (" amx_bf16", " avx512_bf16"))
 
 
 def device_name(device):
@@ -311,11 +348,13 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                platform.processor())
 
 
 def choose_device(args):
-    """The torch.device and the training dtype ('bf16' or 'fp32') that the flags ask for or the machine suggests."""
+    """The torch.device and the training dtype ('bf16' or 'fp32') that the flags ask for or the machine
+    suggests."""
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -330,18 +369,20 @@ def choose_device(args):
 
 def commit():
     """The commit that this file is at, with '-dirty' where files were changed since, or 'unknown'."""
-    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+    git = lambda *words: subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=
+                                        True, text=True)
     try:
-        head, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        head, changed = (git("rev-parse", "--short=12",
+                             "HEAD"), git("status", "--porcelain", "--untracked-files=no"))
     except OSError:
         return "unknown"
     dirty = [line for line in changed.stdout.splitlines() if not line.endswith("results/records.jsonl")]
     return head.stdout.strip() + ("-dirty" if dirty else "") if head.returncode == 0 else "unknown"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Models and checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def builder(name):
@@ -356,7 +397,7 @@ def builder(name):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, attribute)
-    except Exception as error:   # whatever a user's file raises is the user's to read, in one line
+    except Exception as error:  # whatever a user's file raises is the user's to read, in one line
         raise ValueError(f"--model {name}: {type(error).__name__}: {one_line(error)}") from None
 
 
@@ -367,7 +408,8 @@ def build_model(config):
     torch.manual_seed(config["seed"])
     if config["model"] in models.MODELS:
         return build(**wanted), wanted
-    for hyperparam in (wanted, {k: v for k, v in wanted.items() if k == "width"}):   # a student's may take neither
+    for hyperparam in (wanted, {k: v
+                                for k, v in wanted.items() if k == "width"}):  # a student's may take neither
         try:
             return build(**hyperparam), hyperparam
         except TypeError as error:
@@ -386,34 +428,36 @@ def load_network(path, name=None):
     return bcq.load_checkpoint(path, builder(name))
 
 
-def deployed(params, names, quantizer):
-    """The weights to compute with after training: the signs of those in names, however they were drawn in training."""
-    return bcq.quantize_params(params, names, bcq.binarize) if quantizer else params
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Training
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def generator(*key, device="cpu"):
-    """A generator that depends on the key alone: nothing is to be restored when a run resumes in the middle."""
+    """A generator that depends on the key alone: nothing is to be restored when a run resumes in the
+    middle."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def configure(args, data):
-    """The whole configuration of a training run, JSON types only, and the lines that say what was adapted."""
+    """The whole configuration of a training run, JSON types only."""
     name, settings = preset(args.mode, args.model, args.paper)
-    config = {"mode": args.mode, "model": args.model, "width": args.width, "classes": len(data["classes"]),
-              "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name, **settings}
-    config |= {k: getattr(args, k) for k in ("epochs", "batch_size", "lr", "optimizer") if getattr(args, k) is not None}
-    notes, total = [], len(data["train_y"])
+    config = {
+        "mode": args.mode, "model": args.model, "width": args.width, "classes": len(data["classes"]),
+        "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name,
+        **settings
+    }
+    config |= {
+        k: getattr(args, k)
+        for k in ("epochs", "batch_size", "lr", "optimizer") if getattr(args, k) is not None
+    }
+    total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
     elif not 0 <= args.val < total:
         raise ValueError(f"--val {args.val}: there are {total} training images")
-    return config, notes
+    return config
 
 
 def adapt_batch(config, images, explicit):
@@ -433,233 +477,306 @@ def schedule(config, steps):
     return bcq.linear_schedule(config["lr"], steps, int(config["warmup"] * steps))
 
 
-def make_step(model, names, config, pair, forward):
-    """The training step of a configuration: step(run, data, lr) -> (run, metrics); run is the state of a training."""
+def make_step(job):
+    """The training step of a job: step(run, lr) -> (run, metrics); run is the state of the training."""
+    config, data, device = job.config, job.data, job.device
     loss = bcq.square_hinge if config["smoothing"] is None else bcq.cross_entropy(config["smoothing"])
-    quantizer = MODES[config["mode"]][0]
-    train_step = bcq.make_train_step(model, names, quantizer, pair[1], loss, forward=forward)
+    train_step = bcq.make_train_step(job.model, job.names, MODES[config["mode"]][0], job.update, loss,
+                                     forward=job.forward)
+    seed, size, images = config["seed"], config["batch_size"], len(data["train_y"])
+    mirrored = torch.rand(images, generator=generator(seed, "mirrored")) < 0.5
 
-    def step(run, data, lr):
-        epoch, i, size = run["epoch"], run["step"], config["batch_size"]
-        device = data["train_x"].device
-        draw = partial(generator, config["seed"], device=device)
-        order = torch.randperm(len(data["train_y"]), generator=generator(config["seed"], "order", epoch))
-        chosen = order[i * size:(i + 1) * size].to(device)
-        side = torch.rand(len(order), generator=generator(config["seed"], "flip")).to(device)[chosen] < 0.5
-        mirrored = side ^ bool(epoch % 2) if config["flip"] else None     # every image, once each way in two epochs
-        x = augment(data["train_x"][chosen], mirrored, config["crop"], config["cutout"], draw("augment", epoch, i))
-        noise = bcq.draw_noise(run["params"], names, draw("noise", epoch, i)) if config["mode"] == "bc-stochastic" else None
-        torch.manual_seed(draw("model", epoch, i).initial_seed())         # for the dropout of a user's own network
+    def step(run, lr):
+        epoch, i = run["epoch"], run["step"]
+        order = torch.randperm(images, generator=generator(seed, "order", epoch))
+        chosen = order[i * size:(i + 1) * size]
+        flip = (mirrored[chosen]
+                ^ bool(epoch % 2)).to(device) if config["flip"] else None  # each way every two epochs
+        x = augment(data["train_x"][chosen.to(device)], flip, config["crop"], config["cutout"],
+                    generator(seed, "augment", epoch, i, device=device))
+        noise = None
+        if config["mode"] == "bc-stochastic":
+            noise = bcq.draw_noise(run["params"], job.names, generator(seed, "noise", epoch, i,
+                                                                       device=device))
+        torch.manual_seed(generator(seed, "model", epoch,
+                                    i).initial_seed())  # for dropout in a user's own network
         params, buffers, opt_state, metrics = train_step(
-            run["params"], run["buffers"], run["opt_state"], (prepare(x, data), data["train_y"][chosen]), lr, noise)
+            run["params"], run["buffers"], run["opt_state"],
+            (prepare(x, data), data["train_y"][chosen.to(device)]), lr, noise)
         return {**run, "params": params, "buffers": buffers, "opt_state": opt_state, "step": i + 1}, metrics
 
     return step
 
 
-def fresh(config, model, names, init):
+def fresh(job):
     """The state of a training run before its first step."""
-    params, buffers = bcq.split(model)
-    if config["latent_std"]:
-        params = bcq.rescale(params, names, config["latent_std"])
-    return {"params": params, "buffers": buffers, "opt_state": init(params), "epoch": 0, "step": 0, "history": [],
-            "losses": [], "accuracies": [], "seconds": 0.0, "before": params}
+    params, buffers = bcq.split(job.model)
+    if job.config["latent_std"]:
+        params = bcq.rescale(params, job.names, job.config["latent_std"])
+    return {
+        "params": params, "buffers": buffers, "opt_state": job.init(params), "epoch": 0, "step": 0,
+        "history": [], "losses": [], "accuracies": [], "seconds": 0.0, "before": params
+    }
 
 
-def save(path, model, hyperparam, config, run, names, data, **meta):
+def save(path, job, run, **meta):
     """Writes a checkpoint: net is what the network computes with, latent what is trained."""
-    net = bcq.state_dict(model, deployed(run["params"], names, MODES[config["mode"]][0]), run["buffers"])
-    preprocessing = {k: data[k] for k in ("mean", "std", "zca") if k in data}
-    bcq.save_checkpoint(path, net, hyperparam, latent=run["params"] if names else {}, mode=config["mode"], names=names,
-                        dataset=config["dataset"], classes=data["classes"], config=config, **preprocessing, **meta)
+    net = bcq.state_dict(job.model, deployed(run["params"], job), run["buffers"])
+    preprocessing = {k: job.data[k] for k in ("mean", "std", "zca") if k in job.data}
+    bcq.save_checkpoint(path, net, job.hyperparam, latent=run["params"] if job.names else {}, names=job.names,
+                        mode=job.config["mode"], dataset=job.config["dataset"], classes=job.data["classes"],
+                        config=job.config, train_images=len(job.data["train_y"]), **preprocessing, **meta)
 
 
-def end_epoch(run, config, model, names, data, lr, forward):
+def deployed(params, job):
+    """The weights to compute with after training: signs, however they were drawn in training."""
+    return bcq.quantize_params(params, job.names, bcq.binarize) if job.names else params
+
+
+def end_epoch(job, run):
     """The state with the epoch's line added to its history: the diagnostics of a 1-bit training."""
-    line = {"epoch": run["epoch"] + 1, "lr": lr, "train_loss": statistics.fmean(run["losses"]),
-            "train_accuracy": statistics.fmean(run["accuracies"])}
-    if len(data["val_y"]):
-        score = lambda params: bcq.evaluate(model, params, run["buffers"], batches(data["val_x"], data["val_y"], data), forward)
-        result = score(deployed(run["params"], names, MODES[config["mode"]][0]))
+    line = {
+        "epoch": run["epoch"] + 1, "lr": job.lr_at((run["epoch"] + 1) * job.steps - 1),
+        "train_loss": statistics.fmean(run["losses"]), "train_accuracy": statistics.fmean(run["accuracies"])
+    }
+    if len(job.data["val_y"]):
+        score = lambda params: bcq.evaluate(job.model, params, run["buffers"], batches(job.data, "val"), job.
+                                            forward)
+        result = score(deployed(run["params"], job))
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
-        if names:
-            line["val_accuracy_latent"] = score(run["params"])["accuracy"]
-    if names:
-        line |= {"at_bound": bcq.saturation(run["params"], names),
-                 "flipped": bcq.flips(run["before"], run["params"], names)}
-    return {**run, "epoch": run["epoch"] + 1, "step": 0, "losses": [], "accuracies": [], "before": run["params"],
-            "history": run["history"] + [line]}
+        line |= {"val_accuracy_latent": score(run["params"])["accuracy"]} if job.names else {}
+    if job.names:
+        line |= {
+            "at_bound": bcq.saturation(run["params"], job.names),
+            "flipped": bcq.flips(run["before"], run["params"], job.names)
+        }
+    return {
+        **run, "epoch": run["epoch"] + 1, "step": 0, "losses": [], "accuracies": [], "before": run["params"],
+        "history": run["history"] + [line]
+    }
 
 
-def expected_seconds(step, run, data, lr, steps):
-    """The time that so many steps will take, from a few whose result is thrown away: a pure step costs nothing else."""
+def expected_seconds(job, run):
+    """The time left, from a few steps whose result is thrown away: a pure step costs nothing else."""
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        step(run, data, lr)[1]["loss"].item()
+        job.step({**run, "step": 0}, 0.0)[1]["loss"].item()
         times.append(time.perf_counter() - start)
-    return min(times[1:]) * steps
+    return min(times[1:]) * ((job.config["epochs"] - run["epoch"]) * job.steps - run["step"])
 
 
 def duration(seconds):
     """Seconds in words."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def train_epoch(step, run, data, config, lr_at, interrupted):
-    """Trains to the end of the epoch, or to an interruption: the state. Raises ValueError where the loss is not finite."""
-    steps = len(data["train_y"]) // config["batch_size"]
-    every = 1 if data["train_y"].device.type == "cpu" else 25       # asking a GPU for its losses makes it wait
+def train_epoch(job, run, interrupted):
+    """Trains to the end of the epoch, or to an interruption: the state. Raises ValueError at a loss that is
+    not finite."""
+    every = 1 if job.device.type == "cpu" else 25  # asking a GPU for its losses makes it wait
     pending = []
-    with tqdm(total=steps, initial=run["step"], disable=not sys.stderr.isatty(), leave=False, unit=" steps") as bar:
-        while run["step"] < steps and not interrupted:
-            i = run["step"]
+    with tqdm(total=job.steps, initial=run["step"], disable=not sys.stderr.isatty(), leave=False,
+              unit=" steps") as bar:
+        while run["step"] < job.steps and not interrupted:
+            here = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
             try:
-                run, metrics = step(run, data, lr_at(run["epoch"] * steps + i))
+                run, metrics = job.step(run, job.lr_at(run["epoch"] * job.steps + run["step"]))
             except ValueError as error:
-                raise ValueError(f"epoch {run['epoch'] + 1}, step {i + 1}: {error}; {TRY}") from None
+                raise ValueError(f"{here}: {one_line(error)}; {TRY}") from None
             pending.append(metrics)
-            if len(pending) >= every or run["step"] == steps or interrupted:
-                losses = torch.stack([m["loss"] for m in pending]).tolist()
-                if not all(map(torch.isfinite, map(torch.tensor, losses))):
-                    raise ValueError(f"epoch {run['epoch'] + 1}, step {i + 1}: the loss is not finite; {TRY}")
-                accuracies = torch.stack([m["accuracy"] for m in pending]).tolist()
+            if len(pending) == every or run["step"] == job.steps or interrupted:
+                losses, accuracies = (torch.stack([m[k] for m in pending]).tolist()
+                                      for k in ("loss", "accuracy"))
+                if not all(map(math.isfinite, losses)):
+                    raise ValueError(f"{here}: the loss is not finite; {TRY}")
                 run = {**run, "losses": run["losses"] + losses, "accuracies": run["accuracies"] + accuracies}
+                rate = (bar.format_dict["rate"] or 0) * job.config["batch_size"]
+                bar.set_postfix_str(
+                    f"loss {losses[-1]:.3f}, accuracy {accuracies[-1]:.3f}, {rate:,.0f} images/s")
                 bar.update(len(pending))
-                rate = (bar.format_dict["rate"] or 0) * config["batch_size"]
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, accuracy {accuracies[-1]:.3f}, {rate:,.0f} images/s")
                 pending = []
     return run
 
 
-TRY = "try a lower --lr or --dtype fp32; the last good checkpoint is kept"
+TRY = "try a lower --lr, or --dtype fp32; the last good checkpoint is kept"
 
 
-def describe(config, args, device, dtype, data, params, names, total_seconds):
+def describe(job, run):
     """Prints the first lines of a run: what is trained, on what, with what, for how long."""
-    binary = sum(params[n].numel() for n in names)
-    sizes = [f"{len(data[f'{split}_y']):,} {word}" for split, word in
-             (("train", "training"), ("val", "validation"), ("test", "test"))]
-    print(f"device     {device}, {device_name(device)}, {torch.get_num_threads()} threads, {dtype}"
-          f"{'' if args.dtype else ' (chosen for this machine)'}")
-    print(f"data       {data['name']}, {len(data['classes'])} classes: {', '.join(sizes)} images")
-    print(f"model      {config['model']}, {sum(p.numel() for p in params.values()):,} parameters; {MODES[config['mode']][1]}"
-          + (f": {binary:,} weights of 1 bit in {len(names)} layers" if names else ""))
-    skip = ("mode", "model", "dataset", "classes", "preset")
-    print(f"preset     {config['preset']}: " + ", ".join(f"{k} {v}" for k, v in config.items() if k not in skip))
-    print(f"time       about {duration(total_seconds)} of training")
+    config, data, params = job.config, job.data, run["params"]
+    sizes = ", ".join(f"{len(data[f'{split}_y']):,} {word}"
+                      for split, word in (("train", "training"), ("val", "validation"), ("test", "test")))
+    binary = sum(params[n].numel() for n in job.names)
+    skip = ("mode", "model", "dataset", "classes", "preset", "dtype")
+    print(f"device     {job.device}, {device_name(job.device)}, {torch.get_num_threads()} threads, "
+          f"{config['dtype']}{'' if job.args.dtype else ' (chosen for this machine)'}")
+    print(f"data       {data['name']}, {len(data['classes'])} classes: {sizes} images")
+    print(f"model      {config['model']}, {sum(p.numel() for p in params.values()):,} parameters; "
+          f"{MODES[config['mode']][1]}" +
+          (f": {binary:,} weights of 1 bit in {len(job.names)} layers" if binary else ""))
+    settings = [f"{k} {v}" for k, v in config.items() if k not in skip]
+    print(f"preset     {config['preset']}: {', '.join(settings)}")
+    print(f"time       about {duration(expected_seconds(job, run))} of training", flush=True)
 
 
 def find_run(args):
     """The folder of the run and its saved state, or None: what --out and --resume mean together."""
-    folder = args.resume if isinstance(args.resume, str) else args.out
-    if args.resume and not folder:
+    stem = f"{args.mode}-{Path(args.model).name.replace(':', '-')}"
+    new = (Path("runs") / f"{stem}-{i}" for i in itertools.count(1))
+    named = args.resume if isinstance(args.resume, str) else args.out
+    if args.resume and not named:
         raise ValueError("--resume needs the folder of the run: --resume DIR")
-    if folder is None:
-        stem, number = Path("runs"), 1
-        while (stem / f"{args.mode}-{Path(args.model).name.replace(':', '-')}-{number}").exists():
-            number += 1
-        folder = stem / f"{args.mode}-{Path(args.model).name.replace(':', '-')}-{number}"
-    folder = Path(folder)
+    folder = Path(named) if named else next(f for f in new if not f.exists())
     saved = folder / "last.pth"
-    if args.resume:
-        if isinstance(args.resume, str) and not saved.exists():
+    if args.resume and (saved.exists() or isinstance(args.resume, str)):
+        if not saved.exists():
             raise ValueError(f"{folder}: no run to resume there (no last.pth)")
-        return folder, bcq.read_checkpoint(saved) if saved.exists() else None
+        return folder, bcq.read_checkpoint(saved)
     if saved.exists() or (folder / "model.pth").exists():
-        raise ValueError(f"{folder}: holds a run already; --resume continues it, another --out starts a new one")
-    folder.mkdir(parents=True, exist_ok=True)
+        raise ValueError(
+            f"{folder}: holds a run already; --resume continues it, another --out starts a new one")
     return folder, None
 
 
-def resumed_args(args, config):
+def resumed_args(args, saved):
     """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
-    for key in ("mode", "dataset", "model", "width", "subset", "val", "seed", "epochs", "batch_size", "lr", "optimizer"):
-        given = args.given.get(key)
-        if given is not None and given != config[key]:
-            raise ValueError(f"--{key.replace('_', '-')} {given}: the run to resume has {config[key]}")
-    return argparse.Namespace(**{**vars(args), **{k: config[k] for k in (
-        "mode", "dataset", "model", "width", "subset", "val", "seed")}, "dtype": config["dtype"]})
+    config = saved["config"]
+    for key in args.given.keys() & config.keys() - {"dataset"}:
+        if args.given[key] != config[key]:
+            raise ValueError(
+                f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {config[key]}")
+    own = {k: config[k] for k in ("mode", "classes", "dtype")}
+    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir",) if k in args.given}}
+    return argparse.Namespace(**{**vars(args), **own, **source})
+
+
+def where(job):
+    """The flags that find the data of a run again, from any folder."""
+    dataset = job.args.dataset if job.data["name"] not in (*STATISTICS, "shapes") else job.data["name"]
+    own = {"dataset": str(Path(dataset).resolve()) if dataset != job.data["name"] else dataset}
+    return {**own, "data_dir": str(Path(job.args.data_dir).resolve())}
+
+
+def prepare_job(args, saved):
+    """All that a training needs and that does not change in it: the data, the network, the step, the
+    schedule."""
+    device, dtype = choose_device(args)
+    data = load_data(args.dataset, args.data_dir, args.classes)
+    config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
+    data = split_validation(data, config["val"], config["subset"], config["seed"])
+    config = adapt_batch(config, len(data["train_y"]), "batch_size" in args.given)
+    if config["preset"] == "paper":
+        data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
+    model, hyperparam = build_model(config)
+    names = bcq.quantizable(model) if MODES[config["mode"]][0] else []
+    init, update = optimizer(config, bcq.split(model)[0], names)
+    job = argparse.Namespace(
+        args=args, device=device, config=config, data=to_device(data,
+                                                                device), model=model.to(device), names=names,
+        hyperparam=hyperparam, init=init, update=update, steps=len(data["train_y"]) // config["batch_size"],
+        forward=bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply)
+    job.lr_at, job.step = schedule(config, config["epochs"] * job.steps), make_step(job)
+    return job
+
+
+def finished(folder):
+    """The test accuracy of a run that came to its end, or None."""
+    path = folder / "model.pth"
+    return bcq.read_checkpoint(path)["accuracies"].get("test_accuracy") if path.exists() else None
+
+
+@contextmanager
+def signals_noted():
+    """Ctrl-C and SIGTERM, for as long as this lasts, only fill the list that it gives."""
+    noted = []
+    old = {
+        s: signal.signal(s, lambda number, _: noted.append(number))
+        for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def train(args):
     """Trains, or goes on training, and evaluates once on the test set: the exit status."""
     folder, saved = find_run(args)
-    if saved:
-        args = resumed_args(args, saved["config"])
-    device, dtype = choose_device(args)
-    data = load_data(args.dataset, args.data_dir, args.classes if not saved else len(saved["classes"]))
-    config = saved["config"] if saved else configure(args, data)
-    data = split_validation(data, config["val"], config["subset"], config["seed"])
-    config = {**adapt_batch(config, len(data["train_y"]), "batch_size" in args.given), "dtype": dtype}
-    if config["preset"] == "paper":
-        data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
-    data = {k: v.to(device) if torch.is_tensor(v) else v for k, v in data.items()}
-    if "zca" in data:
-        data["zca"] = [t.to(device) for t in data["zca"]]
-    model, hyperparam = build_model(config)
-    model = model.to(device)
-    names = bcq.quantizable(model) if MODES[config["mode"]][0] else []
-    forward = bcq.mixed_precision(torch.bfloat16) if dtype == "bf16" else bcq.apply
-    pair = optimizer(config, dict(bcq.split(model)[0]), names)
-    run = to_device(saved["run"], device) if saved else fresh(config, model, names, pair[0])
-    steps = len(data["train_y"]) // config["batch_size"]
-    lr_at = schedule(config, config["epochs"] * steps)
-    step = make_step(model, names, config, pair, forward)
-    left = config["epochs"] * steps - run["epoch"] * steps - run["step"]
-    keep = lambda run: save(folder / "last.pth", model, hyperparam, config, run, names, data, run=run)
-    describe(config, args, device, dtype, data, run["params"], names,
-             expected_seconds(step, {**run, "step": 0}, data, 0.0, left) if left else 0)
-    keep(run)
-    interrupted = []
-    handlers = {s: signal.signal(s, lambda number, _: interrupted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while run["epoch"] < config["epochs"] and not interrupted:
+    if saved and (done := finished(folder)) is not None:
+        print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with")
+        return expect(args, done)
+    job = prepare_job(resumed_args(args, saved) if saved else args, saved)
+    run = to_device(saved["state"], job.device) if saved else fresh(job)
+    try_forward(job, run)
+    describe(job, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep = partial(save, folder / "last.pth", job, source=where(job))
+    with signals_noted() as interrupted:
+        keep(run, state=run)
+        while run["epoch"] < job.config["epochs"] and not interrupted:
             start = time.perf_counter()
-            run = train_epoch(step, run, data, config, lr_at, interrupted)
-            if run["step"] == steps:
-                run = end_epoch(run, config, model, names, data, lr_at(run["epoch"] * steps + steps - 1), forward)
-            run = {**run, "seconds": run["seconds"] + time.perf_counter() - start}
-            keep(run)
-            if not interrupted:
+            run = train_epoch(job, run, interrupted)
+            if run["step"] == job.steps:
+                run = end_epoch(job, run)
                 write_lines(folder / "metrics.jsonl", run["history"])
-                print(epoch_line(run, config, steps))
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+            run = {**run, "seconds": run["seconds"] + time.perf_counter() - start}
+            keep(run, state=run)
+            if run["step"] == 0:
+                print(epoch_line(job, run), flush=True)
     if interrupted:
-        print(f"stopped    in epoch {run['epoch'] + 1}, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
+        print(f"run.py: stopped, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
         return 128 + interrupted[0]
-    return finish(args, folder, model, hyperparam, config, run, names, data, device)
+    return finish(job, run, folder)
 
 
-def finish(args, folder, model, hyperparam, config, run, names, data, device):
+def try_forward(job, run):
+    """Raises ValueError, in one line, where the network does not map images to a logit for each class."""
+    x = prepare(job.data["test_x"][:2], job.data)
+    try:
+        with torch.no_grad():
+            shape = tuple(job.forward(job.model, run["params"], run["buffers"], x)[0].shape)
+    except Exception as error:  # whatever a user's network raises is the user's to read, in one line
+        raise ValueError(
+            f"--model {job.config['model']}: {type(error).__name__}: {one_line(error)}") from None
+    if shape != (2, job.config["classes"]):
+        raise ValueError(
+            f"--model {job.config['model']}: gives {shape} for 2 images of {job.config['classes']} classes")
+
+
+def finish(job, run, folder):
     """Writes model.pth, evaluates that very file on the test set, once, and reports: the exit status."""
-    path = folder / "model.pth"
+    path, config = folder / "model.pth", job.config
     accuracies = {k: run["history"][-1].get(k) for k in ("train_accuracy", "val_accuracy")}
-    save(path, model, hyperparam, config, run, names, data, accuracies=accuracies)
-    result = test(path, config["model"], data, device)
-    save(path, model, hyperparam, config, run, names, data, accuracies={**accuracies, "test_accuracy": result["accuracy"]})
-    report(folder / "report.png", run, config, names)
-    print(f"test       accuracy {result['accuracy']:.4f} on {result['images']:,} images, {duration(run['seconds'])} of training"
-          f"{': weights ' + kinds(path) if names else ''}")
-    print(f"files      {path} (the network), {folder / 'metrics.jsonl'}, {folder / 'report.png'}")
-    record(args, "train", path, config, result["accuracy"], device,
-           train_seconds=round(run["seconds"], 1), dtype=config["dtype"], train_images=len(data["train_y"]))
-    return expect(args, result["accuracy"])
+    save(path, job, run, accuracies=accuracies)
+    result = test(path, config["model"], job.data, job.device)
+    save(path, job, run, accuracies={**accuracies, "test_accuracy": result["accuracy"]})
+    report(folder / "report.png", job, run)
+    print(
+        f"test       accuracy {result['accuracy']:.4f} on {result['images']:,} images after "
+        f"{duration(run['seconds'])} of training"
+        + (f"; distinct weights: {kinds(path)}" if job.names else ""))
+    print(f"files      {path}, {folder / 'metrics.jsonl'}, {folder / 'report.png'}")
+    record(job.args, "train", path, config, result["accuracy"], job.device, config["dtype"],
+           round(run["seconds"], 1), len(job.data["train_y"]))
+    return expect(job.args, result["accuracy"])
 
 
 def test(path, model_name, data, device, dtype=torch.float32):
     """The metrics on the test images of the network in a file, in the dtype that it is stored in."""
     model, params, buffers, _ = load_network(path, model_name)
     params, buffers = to_device(params, device), to_device(buffers, device)
-    return bcq.evaluate(model.to(device), params, buffers, batches(data["test_x"], data["test_y"], data), bcq.in_dtype(dtype))
+    return bcq.evaluate(model.to(device), params, buffers, batches(data, "test"), bcq.in_dtype(dtype))
 
 
 def kinds(path):
     """The distinct values of the weights in a file, over the layers that its method quantizes, in words."""
     content = bcq.read_checkpoint(path)
-    return ", ".join(f"{v:g}" for v in torch.cat([content["net"][n].unique() for n in content["names"]]).unique().tolist())
+    return ", ".join(f"{v:g}" for v in torch.cat([content["net"][n].unique()
+                                                  for n in content["names"]]).unique().tolist())
 
 
 def expect(args, accuracy):
@@ -670,7 +787,7 @@ def expect(args, accuracy):
     return 0
 
 
-def record(args, kind, path, config, accuracy, device, dtype, train_seconds, train_images, **more):
+def record(args, kind, path, config, accuracy, device, dtype, train_seconds, train_images):
     """Appends one JSON line to the file that --record names, and does nothing without it."""
     if not args.record:
         return
@@ -679,15 +796,34 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
     layers = len(bcq.quantizable(model))
     floats = [t for t in content["net"].values() if t.is_floating_point()]
     line = {
-        "kind": kind, "mode": config["mode"], "dataset": config["dataset"], "model": config["model"],
-        "preset": config["preset"], "width": config["width"] or 1.0, "epochs": config["epochs"],
-        "batch": config["batch_size"], "seed": config["seed"], "classes": config["classes"], "train_images": train_images,
-        "val_images": config["val"], "device": device.type, "device_name": device_name(device),
-        "threads": torch.get_num_threads(), "dtype": dtype, "test_accuracy": accuracy, "train_seconds": train_seconds,
-        "parameters": sum(p.numel() for p in model.parameters()), "real_layers": layers - len(content["names"]),
+        "kind": kind,
+        "mode": config["mode"],
+        "dataset": config["dataset"],
+        "model": config["model"],
+        "preset": config["preset"],
+        "width": config["width"] or 1.0,
+        "epochs": config["epochs"],
+        "batch": config["batch_size"],
+        "seed": config["seed"],
+        "classes": config["classes"],
+        "train_images": train_images,
+        "val_images": config["val"],
+        "device": device.type,
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "test_accuracy": accuracy,
+        "train_seconds": train_seconds,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "real_layers": layers - len(content["names"]),
         "w_bits": 1 if content["names"] else 8 * min(t.element_size() for t in floats),
-        "a_bits": 8 * min(t.element_size() for t in floats), "file_bytes": path.stat().st_size,
-        "torch": torch.__version__, "commit": commit(), "command": command_line(), "date": date.today().isoformat(), **more}
+        "a_bits": 8 * min(t.element_size() for t in floats),
+        "file_bytes": path.stat().st_size,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "command": command_line(),
+        "date": date.today().isoformat(),
+    }
     Path(args.record).parent.mkdir(parents=True, exist_ok=True)
     with open(args.record, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -709,29 +845,35 @@ def write_lines(path, objects):
     os.replace(temporary, path)
 
 
-def epoch_line(run, config, steps):
+def epoch_line(job, run):
     """The line that is printed after an epoch."""
-    line = run["history"][-1]
-    left = run["seconds"] / run["epoch"] * (config["epochs"] - run["epoch"])
-    rate = run["epoch"] * steps * config["batch_size"] / run["seconds"]
+    line, epochs = run["history"][-1], job.config["epochs"]
+    left = run["seconds"] / run["epoch"] * (epochs - run["epoch"])
+    rate = run["epoch"] * job.steps * job.config["batch_size"] / run["seconds"]
     words = [f"loss {line['train_loss']:.3f}", f"train {line['train_accuracy']:.3f}"]
     words += [f"validation {line['val_accuracy']:.4f}"] if "val_accuracy" in line else []
     words += [f"(latent weights {line['val_accuracy_latent']:.3f})"] if "val_accuracy_latent" in line else []
     words += [f"signs flipped {line['flipped']:.3f}"] if "flipped" in line else []
-    return f"epoch {line['epoch']:4d} of {config['epochs']}: {', '.join(words)}; {rate:,.0f} images/s, {duration(left)} left"
+    return (f"epoch {line['epoch']:4d} of {epochs}: {', '.join(words)}; {rate:,.0f} images/s, "
+            f"{duration(left)} left")
 
 
-def report(path, run, config, names):
+def report(path, job, run):
     """Draws the curves of a training and the histograms of its latent weights."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    history = run["history"]
+
+    history, names, config = run["history"], job.names, job.config
     epochs = [line["epoch"] for line in history]
     figure, ((loss, accuracy), (histogram, signs)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    curves = {loss: {"train_loss": "training", "val_loss": "validation"},
-              accuracy: {"train_accuracy": "training", "val_accuracy": "validation", "val_accuracy_latent": "validation, latent weights"},
-              signs: {"at_bound": "latents at +-1", "flipped": "signs flipped in the epoch"}}
+    curves = {
+        loss: {"train_loss": "training", "val_loss": "validation"}, accuracy: {
+            "train_accuracy": "training", "val_accuracy": "validation",
+            "val_accuracy_latent": "validation, latent weights"
+        }, signs: {"at_bound": "latents at +-1", "flipped": "signs flipped in the epoch"}
+    }
     for axes, lines in curves.items():
         for key, label in lines.items():
             if key in history[0]:
@@ -762,20 +904,18 @@ def to_device(value, device):
     return [to_device(v, device) for v in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The other modes
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_data(args, meta, device):
-    """The data that a checkpoint was trained on, or those that the flags name, prepared as in its training."""
+    """The data that a checkpoint was trained on, or those that the flags name, prepared as in its
+    training."""
     dataset = args.given.get("dataset") or meta.get("dataset")
-    config = meta.get("config", {})
     classes = args.classes or (len(meta["classes"]) if "classes" in meta else None)
     data = load_data(dataset, args.data_dir, classes)
     data |= {k: to_device(meta[k], device) for k in ("mean", "std", "zca") if k in meta}
-    data |= {"val_y": []}
-    del config
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in data.items()}
 
 
@@ -786,35 +926,45 @@ def evaluate_checkpoint(args):
     data = checkpoint_data(args, meta, device)
     stored = next(p.dtype for p in params.values() if p.is_floating_point())
     result = test(args.checkpoint, args.given.get("model"), data, device, stored)
-    print(f"test       accuracy {result['accuracy']:.4f}, cross-entropy {result['loss']:.4f} on {result['images']:,} images "
-          f"of {data['name']}, {str(stored).removeprefix('torch.')}, {device}")
+    print(
+        f"test       accuracy {result['accuracy']:.4f}, cross-entropy {result['loss']:.4f} on "
+        f"{result['images']:,} images of {data['name']}, {str(stored).removeprefix('torch.')}, {device}"
+    )
     return expect(args, result["accuracy"])
 
 
 def convert(args):
-    """--mode ptq: the network in a file in half precision; accuracy, size, latency before and after: the exit status."""
+    """--mode ptq: the network in a file in half precision; accuracy, size, latency before and after: the exit
+    status."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.dtype)
     if dtype is None:
         raise ValueError("--mode ptq needs --dtype fp16 or bf16")
     device, _ = choose_device(args)
     model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
-    hyperparam, meta = meta.pop("hyperparam"), {k: v for k, v in meta.items() if k not in ("latent", "run", "bcq")}
+    hyperparam, meta = (meta.pop("hyperparam"),
+                        {k: v
+                         for k, v in meta.items() if k not in ("latent", "run", "bcq")})
     data = checkpoint_data(args, meta, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
     model_name = args.given.get("model") or meta["config"]["model"]
-    print(f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   ({device}, "
-          f"{torch.get_num_threads()} threads)")
+    print(
+        f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   "
+        f"({device}, {torch.get_num_threads()} threads)"
+    )
     for name, target in (("fp32", torch.float32), (args.dtype, dtype)):
         path = folder / f"{Path(args.checkpoint).stem}-{name}.pth"
         net = bcq.state_dict(model, bcq.to_dtype(params, target), bcq.to_dtype(buffers, target))
         bcq.save_checkpoint(path, net, hyperparam, **meta)
         result = test(path, model_name, data, device, target)
         single, many = (latency(path, model_name, data, device, target, n) for n in (1, 256))
-        print(f"{name:10} {result['accuracy']:9.4f} {path.stat().st_size:12,} {1e3 * single:12.2f} {1e3 * many:15.1f}   {path}")
+        print(
+            f"{name:10} {result['accuracy']:9.4f} {path.stat().st_size:12,} {1e3 * single:12.2f} "
+            f"{1e3 * many:15.1f}   {path}"
+        )
     if "config" in meta:
-        record(args, "ptq", path, meta["config"], result["accuracy"], device, dtype=args.dtype, train_seconds=None,
-               train_images=meta["train_images"] if "train_images" in meta else None)
+        record(args, "ptq", path, meta["config"], result["accuracy"], device, args.dtype, None,
+               meta["train_images"])
     return expect(args, result["accuracy"])
 
 
@@ -839,7 +989,8 @@ def predict(args):
     device, _ = choose_device(args)
     model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
     if "mean" not in meta:
-        raise ValueError(f"{args.checkpoint}: does not say how its inputs are normalised; it is no checkpoint of run.py")
+        raise ValueError(
+            f"{args.checkpoint}: does not say how its inputs are normalised; it is no checkpoint of run.py")
     params, buffers, meta = to_device(params, device), to_device(buffers, device), to_device(meta, device)
     images = torch.stack([decode(path, resize=True) for path in args.images]).to(device)
     stored = next(p.dtype for p in params.values() if p.is_floating_point())
@@ -847,13 +998,14 @@ def predict(args):
         logits, _ = bcq.in_dtype(stored)(model.to(device), params, buffers, prepare(images, meta))
     for path, probabilities in zip(args.images, logits.softmax(1)):
         best = probabilities.topk(min(3, len(probabilities)))
-        print(f"{path}: " + ", ".join(f"{meta['classes'][i]} {p:.3f}" for p, i in zip(best.values.tolist(), best.indices.tolist())))
+        print(f"{path}: " + ", ".join(f"{meta['classes'][i]} {p:.3f}"
+                                      for p, i in zip(best.values.tolist(), best.indices.tolist())))
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The command line
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 
 
 def one_line(error):
@@ -870,8 +1022,10 @@ def number(kind, low, high=float("inf")):
             value = None
         if value is None or not low <= value <= high:
             limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text}: not {'an integer' if kind is int else 'a number'} {limits}")
+            raise argparse.ArgumentTypeError(
+                f"{text}: not {'an integer' if kind is int else 'a number'} {limits}")
         return value
+
     return parse
 
 
@@ -883,28 +1037,35 @@ def subset(text):
 
 def parse_arguments(argv):
     """The arguments, with args.given: those that were typed."""
-    rows = "\n".join(f"  {name:9} {', '.join(f'{k} {v}' for k, v in row.items())}" for name, row in
-                     {"(all)": DEFAULTS, **PRESETS}.items() if row)
+    rows = "\n".join(f"  {name:9} {', '.join(f'{k} {v}' for k, v in row.items())}"
+                     for name, row in {"(all)": DEFAULTS, **PRESETS}.items() if row)
     parser = argparse.ArgumentParser(
         prog="run.py", description="Trains, evaluates and converts 1-bit networks.", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"presets, later rows overriding earlier ones (by model, method, both):\n{rows}")
+
     def complain(message):
         raise ValueError(message)
+
     parser.error = complain
     add = parser.add_argument
     preset_says = "default: the preset's"
     add("--mode", choices=[*MODES, "ptq", "eval", "predict"], default="bc", help="what to do (default: bc)")
-    add("--dataset", help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
-    add("--data-dir", default="data", help="where CIFAR is, or is downloaded to; also a folder of images (default: data)")
-    add("--model", default="fast", help=f"{', '.join(models.MODELS)}, or FILE.py:NAME (default: fast; vgg_bc with --paper)")
-    add("--width", type=number(float, 0.01), help="factor on the channels; for wrn the widening (default: the model's)")
+    add("--dataset",
+        help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
+    add("--data-dir", default="data",
+        help="where CIFAR is, or is downloaded to; also a folder of images (default: data)")
+    add("--model", default="fast",
+        help=f"{', '.join(models.MODELS)}, or FILE.py:NAME (default: fast; vgg_bc with --paper)")
+    add("--width", type=number(float, 0.01),
+        help="factor on the channels; for wrn the widening (default: the model's)")
     add("--epochs", type=number(int, 1), help=preset_says)
     add("--batch-size", type=number(int, 1), help=preset_says)
     add("--lr", type=number(float, 0), help=f"peak learning rate ({preset_says})")
     add("--optimizer", choices=OPTIMIZERS, help=preset_says)
     add("--seed", type=number(int, 0), default=0, help="default: 0")
-    add("--val", type=number(int, 0), help="training images held out for validation (default: 5000, or a tenth if that is less)")
+    add("--val", type=number(int, 0),
+        help="training images held out for validation (default: 5000, or a tenth if that is less)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--threads", type=number(int, 1), help="CPU threads (default: torch's choice)")
     add("--out", help="folder of the run (default: a new one, runs/MODE-MODEL-N)")
@@ -912,20 +1073,26 @@ def parse_arguments(argv):
     add("--checkpoint", help="file to convert, evaluate or predict with")
     add("--dtype", choices=["fp32", "bf16", "fp16"],
         help="of training, fp32 or bf16 (default: bf16 where it is fast); of the conversion, fp16 or bf16")
-    add("--subset", type=subset, help="train on so many images; with a point, on that fraction (default: all)")
+    add("--subset", type=subset,
+        help="train on so many images; with a point, on that fraction (default: all)")
     add("--classes", type=number(int, 2), help="only the first so many classes (default: all)")
     add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
     add("--paper", action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)")
-    add("--record", nargs="?", const="results/records.jsonl", help="append the figures to a file (default: results/records.jsonl)")
+    add("--record", nargs="?", const="results/records.jsonl",
+        help="append the figures to a file (default: results/records.jsonl)")
     add("images", nargs="*", help="images for --mode predict")
     args = parser.parse_args(argv)
-    args.given = {k: v for k, v in vars(args).items() if v not in (None, False) and v != parser.get_default(k)}
+    args.given = {
+        k: v
+        for k, v in vars(args).items() if v not in (None, False) and v != parser.get_default(k)
+    }
     if args.paper and "model" not in args.given:
         args.model = "vgg_bc"
     if args.images and args.mode != "predict":
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files")
     if args.mode in MODES and args.dtype == "fp16":
-        raise ValueError("--dtype fp16 is for --mode ptq: latent weights in half precision would lose small updates")
+        raise ValueError(
+            "--dtype fp16 is for --mode ptq: latent weights in half precision would lose small updates")
     return args
 
 

@@ -1,4 +1,5 @@
 """Small networks and data that the tests share; the repository's top level on the path."""
+
 import sys
 from pathlib import Path
 
@@ -11,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 class Small(nn.Module):
     """Three layers that hold everything a training step meets: conv, batch norm, bias, linear."""
-
     def __init__(self, classes=4, width=8):
         super().__init__()
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
@@ -28,7 +28,7 @@ class Small(nn.Module):
 def batch(seed, n=16, classes=4):
     """Random images of 8x8 and labels."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 8, 8, generator=draw), torch.randint(0, classes, (n,), generator=draw)
+    return torch.randn(n, 3, 8, 8, generator=draw), torch.randint(0, classes, (n, ), generator=draw)
 
 
 def same(a, b):

@@ -1,12 +1,13 @@
 """The lab's class BC, section 9 of bcq.py, used as the lab sheet uses it."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Small, batch, same
 from torch import nn
 
-import bcq as binaryconnect
 import bcq
+import bcq as binaryconnect
 
 
 def weights_of(bc):
@@ -174,6 +175,7 @@ def toolkit_update(pair, lr):
         state.append(new)
         for k, p in params.items():
             p.add_(deltas[k])
+
     return update
 
 
@@ -182,7 +184,8 @@ def test_the_labs_loop_and_the_functional_step_give_bitwise_the_same_weights_for
     torch.manual_seed(1)
     model = Small()
     expected = functional_loop(model, 300, pair, 0.01)
-    assert same({k: p.detach() for k, p in lab_loop(model, 300, toolkit_update(pair, 0.01)).items()}, expected)
+    assert same({k: p.detach()
+                 for k, p in lab_loop(model, 300, toolkit_update(pair, 0.01)).items()}, expected)
 
 
 def test_the_labs_loop_with_torch_optim_sgd_stays_within_1e_5_of_the_functional_step_for_20_steps():

@@ -1,4 +1,5 @@
 """Checkpoints: section 8 of bcq.py."""
+
 import io
 import os
 import zipfile
@@ -18,8 +19,8 @@ def saved(tmp_path, small):
     names = bcq.quantizable(small)
     weights = bcq.quantize_params(params, names, bcq.binarize)
     path = tmp_path / "model.pth"
-    bcq.save_checkpoint(path, bcq.state_dict(small, weights, buffers), {"classes": 4, "width": 8}, latent=params, mode="bc",
-                        names=names)
+    bcq.save_checkpoint(path, bcq.state_dict(small, weights, buffers), {"classes": 4, "width": 8},
+                        latent=params, mode="bc", names=names)
     return path, weights, params, buffers
 
 
@@ -40,7 +41,9 @@ def test_load_checkpoint_gives_back_every_tensor_and_keeps_binary_and_latent_wei
     assert same(params, weights) and same(loaded_buffers, buffers) and same(meta["latent"], latent)
     assert same(dict(model.named_parameters()), weights)
     assert meta["mode"] == "bc" and meta["hyperparam"] == {"classes": 4, "width": 8}
-    assert {n: set(params[n].unique().tolist()) for n in meta["names"]} == {n: {-1.0, 1.0} for n in meta["names"]}
+    assert {n: set(params[n].unique().tolist())
+            for n in meta["names"]} == {n: {-1.0, 1.0}
+                                        for n in meta["names"]}
 
 
 def test_the_file_is_a_well_formed_zip_archive_that_holds_no_code(saved):
@@ -61,8 +64,10 @@ def test_every_flipped_byte_is_a_clear_error_and_never_a_wrong_network(saved):
                 bcq.read_checkpoint(path)
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:100], lambda d: d[:len(d) // 2], lambda d: b"", lambda d: d + b"\0",
-                                    lambda d: d[:50] + d[51:], lambda d: d[:50] + b"\0" + d[50:], lambda d: b"\0" + d])
+@pytest.mark.parametrize("damage", [
+    lambda d: d[:-1], lambda d: d[:100], lambda d: d[:len(d) // 2], lambda d: b"", lambda d: d + b"\0",
+    lambda d: d[:50] + d[51:], lambda d: d[:50] + b"\0" + d[50:], lambda d: b"\0" + d
+])
 def test_a_missing_or_an_added_byte_anywhere_is_a_clear_error(saved, damage):
     path = saved[0]
     path.write_bytes(damage(path.read_bytes()))
@@ -92,7 +97,6 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(saved, monkeypatch):
 
 class Student(nn.Module):
     """MySuperModel of the lab sheet: one hyperparameter."""
-
     def __init__(self, hyperparam):
         super().__init__()
         self.model = nn.Sequential(nn.Linear(3, hyperparam), nn.ReLU(), nn.Linear(hyperparam, 2))
@@ -102,7 +106,8 @@ class Student(nn.Module):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod."])
-def test_a_students_plain_file_with_a_scalar_hyperparam_is_read_whatever_wrapper_it_was_saved_from(tmp_path, prefix):
+def test_a_students_plain_file_with_a_scalar_hyperparam_is_read_whatever_wrapper_it_was_saved_from(
+        tmp_path, prefix):
     model, path = Student(5), tmp_path / "mybestmodel.pth"
     torch.save({"net": {prefix + k: v for k, v in model.state_dict().items()}, "hyperparam": 5}, path)
     loaded, params, _, meta = bcq.load_checkpoint(path, Student)
@@ -124,7 +129,8 @@ def test_exactly_the_keys_that_do_not_fit_are_named(tmp_path, small):
     with pytest.raises(ValueError) as error:
         bcq.load_checkpoint(tmp_path / "net.pth", Small)
     assert "3 of its keys" in str(error.value)
-    for part in ("conv.weight is (8, 3, 5, 5), expected (8, 3, 3, 3)", "out.bias is missing", "extra.weight is unknown"):
+    for part in ("conv.weight is (8, 3, 5, 5), expected (8, 3, 3, 3)", "out.bias is missing",
+                 "extra.weight is unknown"):
         assert part in str(error.value)
 
 

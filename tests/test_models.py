@@ -1,4 +1,5 @@
 """The networks of models.py against published counts and shapes."""
+
 import inspect
 
 import pytest

@@ -1,11 +1,12 @@
 """The network as a function: section 3 of bcq.py, and evaluation and half precision, sections 6 and 7."""
+
 import copy
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import Small, batch, same
+from conftest import batch, same
 from torch import nn
 
 import bcq
@@ -59,14 +60,13 @@ def test_a_tied_weight_stands_once_and_receives_the_gradient_of_both_uses():
     params, buffers = bcq.split(model)
     assert list(params) == ["0.weight"]
     x, leaf = torch.randn(5, 6), params["0.weight"].requires_grad_()
-    grad, = torch.autograd.grad(bcq.apply(model, {"0.weight": leaf}, buffers, x)[0].sum(), leaf)
+    (grad, ) = torch.autograd.grad(bcq.apply(model, {"0.weight": leaf}, buffers, x)[0].sum(), leaf)
     model(x).sum().backward()
     assert torch.equal(grad, model[0].weight.grad)
 
 
 class Counter(nn.Module):
     """A user's module that rebinds a buffer, keeps one out of its state dict, and takes two inputs."""
-
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(3, 3)
@@ -87,8 +87,9 @@ def test_a_buffer_that_the_forward_rebinds_comes_back_and_the_module_keeps_its_o
     assert model.calls.item() == 0
 
 
-@pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.mobilenet_v3_small,
-                                   torchvision.models.squeezenet1_1])
+@pytest.mark.parametrize(
+    "build",
+    [torchvision.models.resnet18, torchvision.models.mobilenet_v3_small, torchvision.models.squeezenet1_1])
 def test_torchvisions_networks_run_as_functions_with_binary_weights(build):
     model = build(num_classes=7)
     params, buffers = bcq.split(model)
@@ -124,7 +125,8 @@ def test_the_binary_and_the_latent_weights_are_two_networks_with_two_accuracies(
     params, buffers = bcq.split(small)
     binary = bcq.quantize_params(params, bcq.quantizable(small), bcq.binarize)
     data = [batch(0, 64)]
-    assert bcq.evaluate(small, params, buffers, data)["loss"] != bcq.evaluate(small, binary, buffers, data)["loss"]
+    assert bcq.evaluate(small, params, buffers, data)["loss"] != bcq.evaluate(small, binary, buffers,
+                                                                              data)["loss"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -132,7 +134,8 @@ def test_to_dtype_equals_model_half_bit_for_bit_in_its_tensors_and_its_logits(sm
     x, _ = batch(0)
     bcq_params, bcq_buffers = (bcq.to_dtype(tensors, dtype) for tensors in bcq.split(small))
     module = copy.deepcopy(small).to(dtype).eval()
-    assert same({**bcq_params, **bcq_buffers}, {**dict(module.named_parameters()), **dict(module.named_buffers())})
+    assert same({**bcq_params, **bcq_buffers},
+                {**dict(module.named_parameters()), **dict(module.named_buffers())})
     logits, _ = bcq.in_dtype(dtype)(small, bcq_params, bcq_buffers, x)
     assert torch.equal(logits, module(x.to(dtype)).float())
 

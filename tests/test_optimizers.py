@@ -1,4 +1,5 @@
 """Pure optimizers against torch.optim's own, and the schedules: section 4 of bcq.py."""
+
 import copy
 import math
 
@@ -8,7 +9,7 @@ from conftest import same
 
 import bcq
 
-SHAPES = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12), "bias": (8,)}
+SHAPES = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12), "bias": (8, )}
 
 
 def run(pair, torch_optimizer, shapes, steps=20, lr=0.05):
@@ -29,8 +30,9 @@ def run(pair, torch_optimizer, shapes, steps=20, lr=0.05):
     return params, {k: p.detach() for k, p in theirs.items()}
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True},
-                                     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"weight_decay": 0.1}])
+@pytest.mark.parametrize("options",
+                         [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True},
+                          {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"weight_decay": 0.1}])
 def test_sgd_takes_the_steps_of_torch_optim_sgd(options):
     ours, theirs = run(bcq.sgd(**options), lambda p, lr: torch.optim.SGD(p, lr, **options), SHAPES)
     for k in SHAPES:
@@ -46,10 +48,12 @@ def test_adam_takes_the_steps_of_torch_optim_adam():
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_takes_the_steps_of_torch_optim_muon_on_matrices(nesterov):
     matrices = {k: SHAPES[k] for k in ("tall", "wide")}
-    ours, theirs = run(bcq.muon(0.9, nesterov), lambda p, lr: torch.optim.Muon(
-        p, lr, weight_decay=0.0, momentum=0.9, nesterov=nesterov), matrices)
+    ours, theirs = run(
+        bcq.muon(0.9, nesterov),
+        lambda p, lr: torch.optim.Muon(p, lr, weight_decay=0.0, momentum=0.9, nesterov=nesterov), matrices)
     for k in matrices:
-        torch.testing.assert_close(ours[k], theirs[k], rtol=0, atol=0.02 * 0.05 * 20)   # bfloat16 inside, 20 steps of 0.05
+        torch.testing.assert_close(ours[k], theirs[k], rtol=0,
+                                   atol=0.02 * 0.05 * 20)  # bfloat16 inside, 20 steps of 0.05
 
 
 def test_muon_takes_a_convolution_as_the_matrix_out_by_in_times_k_times_k():
@@ -93,11 +97,15 @@ def test_glorot_scale_is_the_inverse_of_the_papers_coefficient_and_its_square_fo
     scale = bcq.glorot_scale(params, list(params))
     assert scale["linear"] == pytest.approx(1 / math.sqrt(1.5 / (8192 + 1024)))
     assert scale["conv"] == pytest.approx(1 / math.sqrt(1.5 / (3 * 9 + 128 * 9)))
-    assert bcq.glorot_scale(params, list(params), power=2)["conv"] == pytest.approx(scale["conv"] ** 2)
+    assert bcq.glorot_scale(params, list(params), power=2)["conv"] == pytest.approx(scale["conv"]**2)
 
 
-@pytest.mark.parametrize("pair", [bcq.sgd(0.9, True, 0.1), bcq.adam(), bcq.scale_lr(bcq.muon(), 2.0),
-                                  bcq.by_name(["a"], bcq.muon(), bcq.adam())])
+@pytest.mark.parametrize("pair", [
+    bcq.sgd(0.9, True, 0.1),
+    bcq.adam(),
+    bcq.scale_lr(bcq.muon(), 2.0),
+    bcq.by_name(["a"], bcq.muon(), bcq.adam())
+])
 def test_an_update_writes_into_none_of_its_arguments(pair):
     params, grads = ({k: torch.randn(4, 4) for k in "ab"} for _ in range(2))
     state = pair[0](params)
@@ -117,4 +125,4 @@ def test_the_linear_schedule_rises_over_the_warmup_and_falls_in_a_line_to_zero()
 def test_the_exponential_schedule_goes_from_start_to_end_by_one_factor():
     lr = bcq.exponential_schedule(3e-3, 2e-6, 500)
     assert lr(0) == pytest.approx(3e-3) and lr(500) == pytest.approx(2e-6)
-    assert lr(101) / lr(100) == pytest.approx(lr(401) / lr(400)) == pytest.approx((2e-6 / 3e-3) ** (1 / 500))
+    assert lr(101) / lr(100) == pytest.approx(lr(401) / lr(400)) == pytest.approx((2e-6 / 3e-3)**(1 / 500))

@@ -1,4 +1,5 @@
 """Quantizers and maps over the dict: sections 1 and 2 of bcq.py."""
+
 import copy
 
 import numpy as np
@@ -23,7 +24,8 @@ def test_binarize_has_two_values_and_keeps_shape_and_dtype_on_any_tensor():
         assert np.array_equal(q.float().numpy(), np.where(w.float().numpy() >= 0, 1, -1))
 
 
-@pytest.mark.parametrize("quantizer", [bcq.binarize, lambda w: bcq.binarize_stochastic(w, torch.full_like(w, 0.5))])
+@pytest.mark.parametrize("quantizer",
+                         [bcq.binarize, lambda w: bcq.binarize_stochastic(w, torch.full_like(w, 0.5))])
 def test_a_nan_in_the_weights_is_an_error_and_never_a_sign(quantizer):
     with pytest.raises(ValueError, match="NaN"):
         quantizer(torch.tensor([1.0, float("nan")]))
@@ -95,9 +97,10 @@ def test_clip_params_clips_the_named_weights_and_never_batch_norm_or_biases(smal
         assert np.array_equal(w.numpy(), expected)
 
 
-@pytest.mark.parametrize("call", [lambda p: bcq.quantize_params(p, ["wrong"], bcq.binarize),
-                                  lambda p: bcq.clip_params(p, ["wrong"]), lambda p: bcq.rescale(p, ["wrong"], 1.0),
-                                  lambda p: bcq.draw_noise(p, ["wrong"], None)])
+@pytest.mark.parametrize("call", [
+    lambda p: bcq.quantize_params(p, ["wrong"], bcq.binarize), lambda p: bcq.clip_params(p, ["wrong"]),
+    lambda p: bcq.rescale(p, ["wrong"], 1.0), lambda p: bcq.draw_noise(p, ["wrong"], None)
+])
 def test_a_name_that_is_no_parameter_is_an_error(small, call):
     with pytest.raises(KeyError, match="wrong"):
         call(bcq.split(small)[0])
@@ -118,12 +121,16 @@ def test_draw_noise_depends_on_the_generator_alone(small):
     first = draw()
     torch.manual_seed(2)
     assert same(first, draw())
-    assert all(u.shape == params[k].shape and 0 <= u.min() and u.max() < 1 for k, u in first.items())
+    assert all(u.shape == params[k].shape and u.min() >= 0 and u.max() < 1 for k, u in first.items())
 
 
 def test_saturation_and_flips_are_shares_over_all_named_weights():
-    before = {"a": torch.tensor([1.0, -1.0, 0.5, 0.0]), "b": torch.tensor([-0.2, 0.3]), "norm": torch.tensor([1.0])}
-    after = {"a": torch.tensor([-1.0, -1.0, 0.5, 0.0]), "b": torch.tensor([0.2, 0.3]), "norm": torch.tensor([-1.0])}
+    before = {
+        "a": torch.tensor([1.0, -1.0, 0.5, 0.0]), "b": torch.tensor([-0.2, 0.3]), "norm": torch.tensor([1.0])
+    }
+    after = {
+        "a": torch.tensor([-1.0, -1.0, 0.5, 0.0]), "b": torch.tensor([0.2, 0.3]), "norm": torch.tensor([-1.0])
+    }
     assert bcq.saturation(before, ["a", "b"]) == pytest.approx(2 / 6)
     assert bcq.flips(before, after, ["a", "b"]) == pytest.approx(2 / 6)
 

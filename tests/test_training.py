@@ -1,4 +1,5 @@
 """The training step as Algorithm 1 of the paper, and what can go wrong in a loop: section 5 of bcq.py."""
+
 import copy
 
 import numpy as np
@@ -19,11 +20,13 @@ def start(model, pair, std=0.3):
 
 
 def test_the_step_is_algorithm_1_to_the_last_bit(small):
-    """Algorithm 1 stated literally: differentiate at wb, apply the gradient to w, clip; no straight-through anywhere."""
+    """Algorithm 1 stated literally: differentiate at wb, apply the gradient to w, clip; no straight-through
+    anywhere."""
     pair = bcq.sgd(0.9)
     names, params, buffers, state = start(small, pair)
     step = bcq.make_train_step(small, names, bcq.binarize, pair[1], bcq.cross_entropy())
-    w, velocity, module_buffers = dict(params), {k: torch.zeros_like(p) for k, p in params.items()}, dict(buffers)
+    w, velocity, module_buffers = (dict(params), {k: torch.zeros_like(p)
+                                                  for k, p in params.items()}, dict(buffers))
     for i in range(50):
         x, y = batch(i)
         # 1. forward propagation: wb <- binarize(w), the loss C with wb
@@ -112,7 +115,8 @@ def test_the_gradient_is_taken_at_the_binary_weights_and_not_at_the_latent_ones(
         return {k: torch.zeros_like(p) for k, p in params.items()}, state
 
     names, params, buffers, _ = start(small, bcq.sgd())
-    bcq.make_train_step(small, names, bcq.binarize, spy, bcq.cross_entropy())(params, buffers, {}, batch(0), 0.1)
+    bcq.make_train_step(small, names, bcq.binarize, spy, bcq.cross_entropy())(params, buffers, {}, batch(0),
+                                                                              0.1)
     x, y = batch(0)
     gradient = {}
     for kind, weights in (("binary", bcq.quantize_params(params, names, bcq.binarize)), ("latent", params)):
@@ -128,8 +132,9 @@ def test_a_parameter_that_the_loss_does_not_reach_has_gradient_zero(small):
     small.unused = torch.nn.Parameter(torch.ones(3))
     pair = bcq.sgd()
     names, params, buffers, state = start(small, pair)
-    params, *_ = bcq.make_train_step(small, names, bcq.binarize, pair[1], bcq.cross_entropy())(
-        params, buffers, state, batch(0), 0.1)
+    params, *_ = bcq.make_train_step(small, names, bcq.binarize, pair[1], bcq.cross_entropy())(params,
+                                                                                               buffers, state,
+                                                                                               batch(0), 0.1)
     assert torch.equal(params["unused"], torch.ones(3))
 
 
@@ -149,7 +154,8 @@ def test_cross_entropy_smooths_labels_as_defined():
     target = np.full((5, 4), 0.2 / 4)
     target[np.arange(5), labels.numpy()] += 0.8
     log_p = logits.double().numpy() - np.log(np.exp(logits.double().numpy()).sum(1, keepdims=True))
-    assert bcq.cross_entropy(0.2)(logits, labels).item() == pytest.approx(-(target * log_p).sum(1).mean(), rel=1e-5)
+    assert bcq.cross_entropy(0.2)(logits, labels).item() == pytest.approx(-(target * log_p).sum(1).mean(),
+                                                                          rel=1e-5)
 
 
 def test_square_hinge_is_the_mean_squared_margin_violation():
@@ -158,7 +164,7 @@ def test_square_hinge_is_the_mean_squared_margin_violation():
     for i in range(5):
         for j in range(4):
             t = 1 if labels[i] == j else -1
-            total += max(0.0, 1 - t * logits[i, j].item()) ** 2
+            total += max(0.0, 1 - t * logits[i, j].item())**2
     assert bcq.square_hinge(logits, labels).item() == pytest.approx(total / 20, rel=1e-5)
 
 
