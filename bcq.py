@@ -7,8 +7,7 @@ Training is one pure function that returns what it changed:
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
 Read from top to bottom: 1 quantizers, 2 straight-through and maps over the dict, 3 the network as a function,
-4 optimizers and schedules, 5 the training step, 6 evaluation, 7 half precision, 8 checkpoints, 9 the lab's
-class.
+4 the training step, 5 evaluation, 6 optimizers and schedules, 7 half precision, 8 checkpoints, 9 the lab's class.
 
 Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
 of yours draws its own). Unless said otherwise a dict maps names, as in model.named_parameters(), to tensors.
@@ -33,8 +32,7 @@ from torch.func import functional_call
 
 
 def _no_nan(w):
-    """w itself. Eager code raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through
-    instead."""
+    """w itself. Raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through as one."""
     if not torch.compiler.is_compiling() and w.isnan().any():
         raise ValueError("NaN in the weights: it has no sign (is the learning rate too high?)")
     return w
@@ -93,11 +91,10 @@ def _check_names(params, names):
 
 
 def quantize_params(params, names, quantizer, noise=None):
-    """The params with quantizer(w), or quantizer(w, noise[name]), in place of each w in names; others
-    untouched.
+    """The params with quantizer(w) in place of each w in names: the weights that the network computes with.
 
-    The gradient passes straight through to the params given. Raises KeyError for a name that is not in
-    params.
+    noise: for a stochastic quantizer a dict of tensors, passed as quantizer(w, noise[name]). The gradient
+    passes straight through to the params given. Raises KeyError for a name that is not in params.
     """
     _check_names(params, names)
     draw = {name: () if noise is None else (noise[name],) for name in names}
@@ -115,39 +112,14 @@ def clip_params(params, names, bound=1.0):
     return {k: w.clamp(-bound, bound) if k in names else w for k, w in params.items()}
 
 
-def rescale(params, names, std):
-    """The params with each of those in names scaled to standard deviation std: where latent weights start.
-
-    The sign does not see the scale; it sets how many updates of a given size it takes to flip one.
-    Raises KeyError for an unknown name.
-    """
-    _check_names(params, names)
-    names = set(names)
-    return {k: w * (std / w.std(correction=0)) if k in names else w for k, w in params.items()}
-
-
 def draw_noise(params, names, generator):
-    """Uniform numbers in [0, 1) of the shape, dtype and device of each parameter in names, for
-    binarize_stochastic.
+    """Uniform numbers in [0, 1) for binarize_stochastic: {name: tensor like params[name]}.
 
-    generator: a torch.Generator on the params' device; the only argument of this file that is advanced by a
-    call.
+    generator: a torch.Generator on the params' device, the only argument in this file that a call advances.
     """
     _check_names(params, names)
     draw = lambda w: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
     return {name: draw(params[name]) for name in names}
-
-
-def saturation(params, names, bound=1.0):
-    """The share, 0 to 1, of latent weights that sit at exactly +-bound, over all the tensors in names."""
-    return sum((params[n].abs() >= bound).sum().item() for n in names) / sum(params[n].numel() for n in names)
-
-
-def flips(before, after, names):
-    """The share, 0 to 1, of signs that differ between two dicts of latent weights, over all the tensors in
-    names."""
-    changed = sum(((before[n] >= 0) != (after[n] >= 0)).sum().item() for n in names)
-    return changed / sum(after[n].numel() for n in names)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -183,25 +155,93 @@ def apply(model, params, buffers, x, train=False):
     return logits, {k: tensors[k].detach() for k in buffers}
 
 
-def mixed_precision(dtype):
-    """A forward to pass in place of apply: the same under autocast to dtype, logits in float32; params
-    unchanged."""
-    def forward(model, params, buffers, x, train=False):
-        with torch.autocast(x.device.type, dtype):
-            logits, buffers = apply(model, params, buffers, x, train)
-        return logits.float(), buffers
-    return forward
+# ------------------------------------------------------------------------------------------------------
+# 4. The training step
+# ------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(smoothing=0.0):
+    """loss(logits, labels): the mean label-smoothed cross-entropy; logits (n, classes), labels int64 (n,)."""
+    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+
+def square_hinge(logits, labels):
+    """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
+
+    logits: float (n, classes); labels: int64 (n,). Source: the paper, section 3, after Tang 2013,
+    arXiv:1306.0239.
+    """
+    target = 2.0 * F.one_hot(labels, logits.shape[1]) - 1
+    return (1 - target * logits).clamp(min=0).square().mean()
+
+
+def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply):
+    """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
+
+    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and
+    accuracy (0 to 1) of the batch as tensors without dimensions, so that nothing waits for a GPU. batch is
+    (x, labels). An ordinary network is the case of no names. Source: the paper, Algorithm 1.
+    """
+    def step(params, buffers, opt_state, batch, lr, noise=None):
+        x, labels = batch
+        latent = {k: w.detach().requires_grad_() for k, w in params.items()}
+
+        weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
+        logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
+        cost = loss(logits, labels)
+        grads = torch.autograd.grad(cost, list(latent.values()), allow_unused=True, materialize_grads=True)
+        deltas, opt_state = update(dict(zip(latent, grads)), opt_state, params, lr)   # dC/dwb moves w
+        params = clip({k: w + deltas[k] for k, w in params.items()}, names)      # w = clip(w + delta, -1, 1)
+
+        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
+
+    return step
 
 
 # ------------------------------------------------------------------------------------------------------
-# 4. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state); schedules
-#    lr is a number or a tensor without dimensions; the caller adds the deltas to the params.
+# 5. Evaluation, and what to look at in a 1-bit training
+# ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, params, buffers, batches, forward=apply):
+    """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
+
+    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, and the latent
+    ones only as a diagnostic, since batch norm belongs to the binary weights. batches: pairs (x, labels).
+    Raises ValueError if there are none.
+    """
+    correct = loss = images = 0
+    for x, labels in batches:
+        logits, _ = forward(model, params, buffers, x)
+        correct += (logits.argmax(1) == labels).sum()
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        images += len(labels)
+    if not images:
+        raise ValueError("no images to evaluate on")
+    return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
+
+
+def saturation(params, names, bound=1.0):
+    """The share, 0 to 1, of latent weights that sit at +-bound, over all the tensors in names."""
+    return sum((params[n].abs() >= bound).sum().item() for n in names) / sum(params[n].numel() for n in names)
+
+
+def flips(before, after, names):
+    """The share, 0 to 1, of signs that differ between two dicts of latent weights, over those in names."""
+    changed = sum(((before[n] >= 0) != (after[n] >= 0)).sum().item() for n in names)
+    return changed / sum(after[n].numel() for n in names)
+
+
+# ------------------------------------------------------------------------------------------------------
+# 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
+#    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules
 # ------------------------------------------------------------------------------------------------------
 
 
 def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
-    """Stochastic gradient descent. Source: Sutskever et al. 2013 in the form of torch.optim.SGD, dampening
-    0."""
+    """Stochastic gradient descent with momentum. Source: Sutskever et al. 2013, as torch.optim.SGD has it."""
     def init(params):
         return {k: torch.zeros_like(p) for k, p in params.items()}
 
@@ -232,10 +272,9 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def orthogonalize(g, steps=5):
-    """The matrix nearest to orthogonal of that of g, roughly: all singular values moved to between 0.7 and
-    1.2.
+    """g with its singular values brought near 1, between 0.7 and 1.2, and its singular vectors kept.
 
-    g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype, computed in
+    g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype. Computed in
     bfloat16 by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon", and torch.optim.Muon.
     """
     x = g.flatten(1).bfloat16()
@@ -286,8 +325,7 @@ def by_name(names, optimizer, rest):
 
 
 def scale_lr(optimizer, scale):
-    """The optimizer with its learning rate multiplied: by one number, or by scale[name] where it has the
-    name."""
+    """The optimizer with its steps multiplied: by one number, or by scale[name] where scale has the name."""
     init, update = optimizer
 
     def scaled(grads, state, params, lr):
@@ -309,96 +347,33 @@ def glorot_scale(params, names, power=1):
 
 
 def linear_schedule(peak, steps, warmup=0):
-    """lr(step): up to peak over the first warmup steps, then down in a straight line, to 0 at step ==
-    steps."""
+    """lr(step): up to peak over warmup steps, then down in a straight line, to 0 at step == steps."""
     return lambda step: peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
 
 
 def exponential_schedule(start, end, steps):
-    """lr(step): from start at step 0 to end at step == steps, by one factor a step. Source: the paper,
-    section 3."""
+    """lr(step): from start to end at step == steps, by one factor a step. Source: the paper, section 3.3."""
     return lambda step: start * (end / start) ** (step / steps)
 
 
 # ------------------------------------------------------------------------------------------------------
-# 5. The training step
+# 7. Lower precision: in training by autocast, after training as a map over the dict
 # ------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(smoothing=0.0):
-    """loss(logits, labels): the mean label-smoothed cross-entropy; logits (n, classes), labels int64 (n,)."""
-    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
-
-
-def square_hinge(logits, labels):
-    """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
-
-    logits: float (n, classes); labels: int64 (n,). Source: the paper, section 3, after Tang 2013,
-    arXiv:1306.0239.
-    """
-    target = 2.0 * F.one_hot(labels, logits.shape[1]) - 1
-    return (1 - target * logits).clamp(min=0).square().mean()
-
-
-def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply):
-    """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
-
-    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and
-    accuracy (0 to 1) of the batch as tensors without dimensions, so that nothing waits for a GPU. batch is
-    (x, labels). An ordinary network is the case of no names. Source: the paper, Algorithm 1.
-    """
-    def step(params, buffers, opt_state, batch, lr, noise=None):
-        x, labels = batch
-        latent = {k: w.detach().requires_grad_() for k, w in params.items()}
-
-        weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
-        logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
-        cost = loss(logits, labels)
-        grads = torch.autograd.grad(cost, list(latent.values()), allow_unused=True, materialize_grads=True)
-        deltas, opt_state = update(dict(zip(latent, grads)), opt_state, params, lr)   # dC/dwb moves w
-        params = clip({k: w + deltas[k] for k, w in params.items()}, names)      # w = clip(w + delta, -1, 1)
-
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
-        return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
-
-    return step
-
-
-# ------------------------------------------------------------------------------------------------------
-# 6. Evaluation
-# ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(model, params, buffers, batches, forward=apply):
-    """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
-
-    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, and the latent
-    ones only as a diagnostic, since batch norm belongs to the binary weights. batches: pairs (x, labels).
-    Raises ValueError if there are none.
-    """
-    correct = loss = images = 0
-    for x, labels in batches:
-        logits, _ = forward(model, params, buffers, x)
-        correct += (logits.argmax(1) == labels).sum()
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
-        images += len(labels)
-    if not images:
-        raise ValueError("no images to evaluate on")
-    return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
-
-
-# ------------------------------------------------------------------------------------------------------
-# 7. Half precision after training: a map over the dict
-# ------------------------------------------------------------------------------------------------------
+def mixed_precision(dtype):
+    """A forward to pass in place of apply: the same under autocast to dtype, with logits in float32."""
+    def forward(model, params, buffers, x, train=False):
+        with torch.autocast(x.device.type, dtype):
+            logits, buffers = apply(model, params, buffers, x, train)
+        return logits.float(), buffers
+    return forward
 
 
 def to_dtype(tensors, dtype):
-    """A dict of params or buffers with its floating tensors in dtype: float16, bfloat16, as model.half()
-    would.
+    """A dict of params or buffers with its floating tensors in dtype, bit for bit as model.half() has them.
 
-    Raises ValueError, naming the tensor, where a finite value would become infinite (in float16, beyond
-    65504).
+    Raises ValueError, naming the tensor, where a finite value would become infinite (float16: beyond 65504).
     """
     converted = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     for name, t in tensors.items():
@@ -423,8 +398,7 @@ _SEAL = b"bcq-seal"   # and the SHA-256: the comment at the end of the zip archi
 
 
 def state_dict(model, params, buffers):
-    """The tensors under the names that model.load_state_dict expects: tied weights under each of their
-    names."""
+    """The tensors under the names that model.load_state_dict expects: tied weights under each name."""
     tensors, canonical = {**params, **buffers}, {}
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         canonical.setdefault(id(t), name)
@@ -433,8 +407,7 @@ def state_dict(model, params, buffers):
 
 
 def save_checkpoint(path, net, hyperparam, **meta):
-    """Writes {'net': net, 'hyperparam': hyperparam, **meta} to path, atomically: the old file or the new,
-    never half.
+    """Writes {'net': net, 'hyperparam': hyperparam, **meta} atomically: path is the old file or the new one.
 
     net: the weights that the network computes with (for BinaryConnect +-1), from state_dict; hyperparam: the
     dict of arguments that the constructor takes; meta: tensors, numbers, strings, dicts and lists (by
@@ -445,7 +418,7 @@ def save_checkpoint(path, net, hyperparam, **meta):
     torch.save({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, stream)
     comment = len(_SEAL) + 32
     sealed = stream.getvalue()[:-2] + struct.pack("<H", comment) + _SEAL
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(sealed + hashlib.sha256(sealed).digest())
@@ -480,15 +453,17 @@ def read_checkpoint(path):
 
 
 def _fit(net, expected, path):
-    """net with the prefixes of wrappers removed; raises ValueError that says which keys do not fit
-    expected."""
+    """net without the prefixes of wrappers. Raises ValueError with the keys that do not fit expected."""
+    if not isinstance(net, dict):
+        raise ValueError(f"{path}: its net is a {type(net).__name__}, not a dict of tensors")
+
     def strip(name):
         bare = name
         while bare not in expected and bare.startswith(("module.", "model.", "_orig_mod.")):
             bare = bare.split(".", 1)[1]
         return bare if bare in expected else name
 
-    net = {strip(k): v for k, v in net.items()}
+    net = {strip(str(k)): v for k, v in net.items()}
     shape = lambda t: tuple(t.shape) if torch.is_tensor(t) else type(t).__name__
     wrong = [f"{k} is {shape(net[k])}, expected {tuple(t.shape)}" for k, t in expected.items()
              if k in net and shape(net[k]) != tuple(t.shape)]
@@ -573,8 +548,7 @@ class BC(nn.Module):
         self._write(self._binary)
 
     def restore(self):
-        """Writes the latent weights back. Raises RuntimeError if the weights were changed since
-        binarization()."""
+        """Writes the latent weights back. Raises RuntimeError if a step changed the weights in between."""
         self._check_unchanged()
         if self._binary:
             self._write(self.saved_params)

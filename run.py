@@ -33,14 +33,13 @@ import models
 # ------------------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, weight_decay=5e-4,
-                schedule="linear", warmup=0.0, smoothing=0.0, latent_std=None, flip=True, crop=4, cutout=0)
+                schedule="linear", warmup=0.0, smoothing=0.0, flip=True, crop=4, cutout=0)
 PRESETS = {
-    "fast": dict(epochs=10, batch_size=250, optimizer="muon", lr=0.1, rest_lr=1.0, weight_decay=0.0,
+    "fast": dict(epochs=8, batch_size=500, optimizer="muon", lr=0.1, rest_lr=1.0, weight_decay=0.0,
                  smoothing=0.2, crop=2),
-    "bc": dict(weight_decay=0.0, latent_std=0.1),
-    "fast bc": dict(),
+    "bc": dict(weight_decay=0.0),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0,
-                  schedule="exponential", latent_std=None, smoothing=None, flip=False, crop=0),
+                  schedule="exponential", smoothing=None, flip=False, crop=0),
 }
 PAPER_LR_END = 2e-6
 MODES = {
@@ -511,8 +510,6 @@ def make_step(job):
 def fresh(job):
     """The state of a training run before its first step."""
     params, buffers = bcq.split(job.model)
-    if job.config["latent_std"]:
-        params = bcq.rescale(params, job.names, job.config["latent_std"])
     return {
         "params": params, "buffers": buffers, "opt_state": job.init(params), "epoch": 0, "step": 0,
         "history": [], "losses": [], "accuracies": [], "seconds": 0.0, "before": params

@@ -99,19 +99,11 @@ def test_clip_params_clips_the_named_weights_and_never_batch_norm_or_biases(smal
 
 @pytest.mark.parametrize("call", [
     lambda p: bcq.quantize_params(p, ["wrong"], bcq.binarize), lambda p: bcq.clip_params(p, ["wrong"]),
-    lambda p: bcq.rescale(p, ["wrong"], 1.0), lambda p: bcq.draw_noise(p, ["wrong"], None)
+    lambda p: bcq.draw_noise(p, ["wrong"], None)
 ])
 def test_a_name_that_is_no_parameter_is_an_error(small, call):
     with pytest.raises(KeyError, match="wrong"):
         call(bcq.split(small)[0])
-
-
-def test_rescale_sets_the_standard_deviation_and_keeps_every_sign(small):
-    params, _ = bcq.split(small)
-    scaled = bcq.rescale(params, ["hidden.weight"], 0.1)
-    assert np.std(scaled["hidden.weight"].numpy()) == pytest.approx(0.1, rel=1e-5)
-    assert torch.equal(scaled["hidden.weight"].sign(), params["hidden.weight"].sign())
-    assert torch.equal(scaled["out.weight"], params["out.weight"])
 
 
 def test_draw_noise_depends_on_the_generator_alone(small):
@@ -142,7 +134,6 @@ def test_no_function_of_the_dict_writes_into_its_arguments():
     bcq.quantize_params(params, names, bcq.binarize)
     bcq.quantize_params(params, names, bcq.binarize_stochastic, noise)
     bcq.clip_params(params, names, 0.01)
-    bcq.rescale(params, names, 5.0)
     bcq.saturation(params, names)
     bcq.flips(params, params, names)
     bcq.to_dtype(params, torch.float16)

@@ -15,7 +15,7 @@ import bcq
 def start(model, pair, std=0.3):
     names = bcq.quantizable(model)
     params, buffers = bcq.split(model)
-    params = bcq.rescale(params, names, std)
+    params = {k: std * torch.randn_like(p) if k in names else p for k, p in params.items()}
     return names, params, buffers, pair[0](params)
 
 

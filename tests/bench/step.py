@@ -1,0 +1,126 @@
+"""Time and peak memory of a training step: an ordinary loop, the lab's loop, the functional step.
+
+    python tests/bench/step.py [--model fast] [--batch 500] [--rounds 3] [--record results/records.jsonl]
+
+Each method runs in a process of its own, the methods take turns, and the medians over the rounds are printed.
+Time: the median of 10 steps after 3. Memory: the peak of the resident set over what it was before the first step.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bcq  # noqa: E402
+import models  # noqa: E402
+import run  # noqa: E402
+
+METHODS = ("plain", "lab", "functional")
+
+
+def functional(model, bf16):
+    """The toolkit's step as run.py uses it, SGD with momentum."""
+    names = bcq.quantizable(model)
+    params, buffers = bcq.split(model)
+    init, update = bcq.sgd(0.9, nesterov=True)
+    forward = bcq.mixed_precision(torch.bfloat16) if bf16 else bcq.apply
+    step = bcq.make_train_step(model, names, bcq.binarize, update, bcq.cross_entropy(0.2), forward=forward)
+    state = [params, buffers, init(params)]
+
+    def one(batch):
+        *state[:], metrics = step(*state, batch, 0.01)
+        return metrics["loss"].item()
+
+    return one
+
+
+def module_loop(model, bf16, lab):
+    """The ordinary loop with torch.optim.SGD; with lab, inside it binarize, restore and clip as the lab sheet says."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
+    weights = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))] if lab else []
+
+    def one(batch):
+        x, y = batch
+        with torch.no_grad():
+            saved = [w.clone() for w in weights]
+            for w in weights:
+                w.copy_(torch.where(w >= 0, 1.0, -1.0))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=0.2)
+        loss.backward()
+        with torch.no_grad():
+            for w, s in zip(weights, saved):
+                w.copy_(s)
+        optimizer.step()
+        with torch.no_grad():
+            for w in weights:
+                w.clamp_(-1, 1)
+        return loss.item()
+
+    return one
+
+
+def measure(method, name, batch):
+    """Prints the median seconds and the peak bytes of a step."""
+    device, dtype = run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None))
+    torch.manual_seed(0)
+    model = models.MODELS[name]().train()
+    bf16 = dtype == "bf16"
+    one = functional(model, bf16) if method == "functional" else module_loop(model, bf16, method == "lab")
+    x = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (batch,))
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    times = []
+    for _ in range(13):
+        start = time.perf_counter()
+        one((x, y))
+        times.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
+    print(json.dumps({"seconds": statistics.median(times[3:]), "peak_bytes": peak, "dtype": dtype}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="fast", choices=models.MODELS)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record")
+    parser.add_argument("--measure", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return measure(args.measure, args.model, args.batch)
+    words = [sys.executable, __file__, "--model", args.model, "--batch", str(args.batch), "--measure"]
+    results = {method: [] for method in METHODS}
+    for _ in range(args.rounds):
+        for method in METHODS:
+            result = subprocess.run([*words, method], capture_output=True, text=True, check=True)
+            results[method].append(json.loads(result.stdout.splitlines()[-1]))
+    median = {m: {k: statistics.median(r[k] for r in rs) for k in ("seconds", "peak_bytes")} for m, rs in results.items()}
+    plain = median["plain"]
+    print(f"{'':12} {'s a step':>9} {'over plain':>11} {'spread':>15} {'peak MB':>9} {'over plain':>11}")
+    for method, m in median.items():
+        spread = f"{min(r['seconds'] for r in results[method]):.3f} to {max(r['seconds'] for r in results[method]):.3f}"
+        ratios = {"time_over_plain": m["seconds"] / plain["seconds"], "memory_over_plain": m["peak_bytes"] / plain["peak_bytes"]}
+        print(f"{method:12} {m['seconds']:9.3f} {ratios['time_over_plain']:11.3f} {spread:>15} {m['peak_bytes'] / 1e6:9.0f} "
+              f"{ratios['memory_over_plain']:11.3f}")
+        if args.record:
+            line = {"kind": "step", "method": method, "model": args.model, "batch": args.batch, **m, **ratios,
+                    "rounds": args.rounds, "device": "cpu", "device_name": run.device_name(torch.device("cpu")),
+                    "threads": torch.get_num_threads(), "dtype": results[method][0]["dtype"], "torch": torch.__version__,
+                    "commit": run.commit(), "command": f"python tests/bench/step.py --model {args.model} --batch {args.batch}",
+                    "date": run.date.today().isoformat()}
+            with open(args.record, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

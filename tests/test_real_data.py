@@ -1,0 +1,42 @@
+"""Short checks on real CIFAR-10, where the environment variable BCQ_DATA names a folder that holds it."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from test_run import call
+
+import run
+
+pytestmark = pytest.mark.skipif("BCQ_DATA" not in os.environ, reason="BCQ_DATA names no folder with CIFAR-10")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return run.load_data("cifar10", os.environ["BCQ_DATA"])
+
+
+def test_the_data_are_the_official_split_in_the_official_order_of_classes(data):
+    assert data["train_y"].bincount().tolist() == [5000] * 10 and data["test_y"].bincount().tolist() == [1000] * 10
+    assert data["classes"] == list(run.CIFAR10)
+
+
+def test_mean_and_deviation_are_those_of_the_training_images(data):
+    x = data["train_x"].numpy() / 255
+    assert np.allclose(x.mean((0, 2, 3)), data["mean"], atol=1e-4)
+    assert np.allclose(x.std((0, 2, 3)), data["std"], atol=1e-4)
+
+
+def test_the_hadamard_patterns_are_nearly_uncorrelated_on_real_images(data):
+    import models
+    bank = models.hadamard_stem(16).flatten(1)
+    images = run.normalize(data["train_x"][:500], data["mean"], data["std"])
+    patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    off = lambda c: (c.abs().sum() - c.diagonal().abs().sum()) / (len(c) * (len(c) - 1))
+    assert off(torch.corrcoef(bank @ patches.T)) < 0.5 * off(torch.corrcoef(patches.T))
+
+
+def test_one_epoch_on_a_tenth_of_cifar10_is_far_above_chance(tmp_path):
+    result = call("--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"], "--epochs", 1, "--subset", 5000, "--expect", 0.2,
+                  "--out", tmp_path / "out")
+    assert result.returncode == 0, result.stdout + result.stderr
