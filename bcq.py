@@ -6,8 +6,9 @@ Training is one pure function that returns what it changed:
 
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
-Read from top to bottom: 1 quantizers, 2 straight-through and maps over the dict, 3 the network as a function,
-4 the training step, 5 evaluation, 6 optimizers and schedules, 7 half precision, 8 checkpoints, 9 the lab's class.
+Read from top to bottom: 1 quantizers, 2 straight-through and maps over the dict, 3 the network as a
+function, 4 the training step, 5 evaluation, 6 optimizers and schedules, 7 lower precision, 8 checkpoints,
+9 the lab's class.
 
 Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
 of yours draws its own). Unless said otherwise a dict maps names, as in model.named_parameters(), to tensors.
@@ -531,8 +532,8 @@ class BC(nn.Module):
     def _check_unchanged(self):
         pairs = zip(self.target_modules, self._binary or [])
         if not all(torch.equal(w, b.to(w.device)) for w, b in pairs):
-            raise RuntimeError("the weights were changed between binarization() and restore(), and that would "
-                               "be lost: call optimizer.step() after restore()")
+            raise RuntimeError("the weights were changed between binarization() and restore(); that would be "
+                               "lost: call optimizer.step() after restore()")
 
     def save_params(self):
         """Saves the latent weights; while the model is binary they are saved already, and are kept."""

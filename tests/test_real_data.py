@@ -17,7 +17,8 @@ def data():
 
 
 def test_the_data_are_the_official_split_in_the_official_order_of_classes(data):
-    assert data["train_y"].bincount().tolist() == [5000] * 10 and data["test_y"].bincount().tolist() == [1000] * 10
+    assert data["train_y"].bincount().tolist() == [5000] * 10
+    assert data["test_y"].bincount().tolist() == [1000] * 10
     assert data["classes"] == list(run.CIFAR10)
 
 
@@ -37,6 +38,6 @@ def test_the_hadamard_patterns_are_nearly_uncorrelated_on_real_images(data):
 
 
 def test_one_epoch_on_a_tenth_of_cifar10_is_far_above_chance(tmp_path):
-    result = call("--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"], "--epochs", 1, "--subset", 5000, "--expect", 0.2,
-                  "--out", tmp_path / "out")
+    result = call("--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"], "--epochs", 1,
+                  "--subset", 5000, "--expect", 0.2, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,9 +1,9 @@
 """Time and peak memory of a training step: an ordinary loop, the lab's loop, the functional step.
 
-    python tests/bench/step.py [--model fast] [--batch 500] [--rounds 3] [--record results/records.jsonl]
+    python tests/bench/step.py [--model fast] [--batch 500] [--rounds 3] [--record FILE]
 
 Each method runs in a process of its own, the methods take turns, and the medians over the rounds are printed.
-Time: the median of 10 steps after 3. Memory: the peak of the resident set over what it was before the first step.
+Time: the median of 10 steps after 3. Memory: the peak of the resident set over that before the first step.
 """
 import argparse
 import json
@@ -42,9 +42,10 @@ def functional(model, bf16):
 
 
 def module_loop(model, bf16, lab):
-    """The ordinary loop with torch.optim.SGD; with lab, inside it binarize, restore and clip as the lab sheet says."""
+    """The ordinary loop with torch.optim.SGD; with lab, binarized, restored and clipped in place."""
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
-    weights = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))] if lab else []
+    layers = [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    weights = [m.weight for m in layers if lab]
 
     def one(batch):
         x, y = batch
@@ -104,19 +105,24 @@ def main():
         for method in METHODS:
             result = subprocess.run([*words, method], capture_output=True, text=True, check=True)
             results[method].append(json.loads(result.stdout.splitlines()[-1]))
-    median = {m: {k: statistics.median(r[k] for r in rs) for k in ("seconds", "peak_bytes")} for m, rs in results.items()}
+    median = {m: {k: statistics.median(r[k] for r in rs) for k in ("seconds", "peak_bytes")}
+              for m, rs in results.items()}
     plain = median["plain"]
     print(f"{'':12} {'s a step':>9} {'over plain':>11} {'spread':>15} {'peak MB':>9} {'over plain':>11}")
     for method, m in median.items():
-        spread = f"{min(r['seconds'] for r in results[method]):.3f} to {max(r['seconds'] for r in results[method]):.3f}"
-        ratios = {"time_over_plain": m["seconds"] / plain["seconds"], "memory_over_plain": m["peak_bytes"] / plain["peak_bytes"]}
-        print(f"{method:12} {m['seconds']:9.3f} {ratios['time_over_plain']:11.3f} {spread:>15} {m['peak_bytes'] / 1e6:9.0f} "
+        seconds = [r["seconds"] for r in results[method]]
+        ratios = {"time_over_plain": m["seconds"] / plain["seconds"],
+                  "memory_over_plain": m["peak_bytes"] / plain["peak_bytes"]}
+        print(f"{method:12} {m['seconds']:9.3f} {ratios['time_over_plain']:11.3f} "
+              f"{f'{min(seconds):.3f} to {max(seconds):.3f}':>15} {m['peak_bytes'] / 1e6:9.0f} "
               f"{ratios['memory_over_plain']:11.3f}")
         if args.record:
             line = {"kind": "step", "method": method, "model": args.model, "batch": args.batch, **m, **ratios,
-                    "rounds": args.rounds, "device": "cpu", "device_name": run.device_name(torch.device("cpu")),
-                    "threads": torch.get_num_threads(), "dtype": results[method][0]["dtype"], "torch": torch.__version__,
-                    "commit": run.commit(), "command": f"python tests/bench/step.py --model {args.model} --batch {args.batch}",
+                    "rounds": args.rounds, "device": "cpu",
+                    "device_name": run.device_name(torch.device("cpu")),
+                    "threads": torch.get_num_threads(), "dtype": results[method][0]["dtype"],
+                    "torch": torch.__version__, "commit": run.commit(),
+                    "command": f"python tests/bench/step.py --model {args.model} --batch {args.batch}",
                     "date": run.date.today().isoformat()}
             with open(args.record, "a") as file:
                 file.write(json.dumps(line) + "\n")
