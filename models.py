@@ -10,8 +10,7 @@ from torch import nn
 
 
 def conv(cin, cout, k=3, stride=1, groups=1):
-    """A convolution without bias that keeps the size (divided by the stride): batch norm follows it
-    everywhere."""
+    """A convolution that keeps the size, but for the stride; without bias, since batch norm follows."""
     return nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False)
 
 
@@ -79,8 +78,7 @@ class Basic(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNets of He et al. 2015: a 3x3 convolution, stages of Basic blocks, mean pooling, one
-    linear layer."""
+    """The CIFAR ResNets of He et al. 2015: a convolution, stages of Basic blocks, a mean, a linear layer."""
 
     def __init__(self, channels, depth, projection, classes, act):
         super().__init__()
@@ -115,8 +113,7 @@ class PreAct(nn.Module):
 
 
 class WRN(nn.Module):
-    """WideResNet-depth-width: three stages of (depth - 4) / 6 PreAct blocks, 16, 32, 64 times width
-    channels."""
+    """WideResNet-depth-width: 3 stages of (depth - 4) / 6 blocks, 16, 32, 64 times width channels."""
 
     def __init__(self, classes=10, width=10, depth=28, act=F.relu):
         super().__init__()
@@ -154,8 +151,7 @@ class Inverted(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """MobileNetV2 with the strides of a 32x32 input: the first convolution and the second stage keep the
-    size."""
+    """MobileNetV2 with the strides of a 32x32 input: the first convolution and two stages keep the size."""
 
     # expansion, channels, blocks, stride of the first block: table 2 of arXiv:1801.04381, strides for 32x32
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),

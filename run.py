@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -83,8 +84,7 @@ SHAPES = ("circle", "square", "triangle", "ring", "plus", "cross", "crescent", "
 
 
 def draw_shapes(count, generator):
-    """count pictures of ten shapes, uint8 (count, 3, 32, 32), and their labels: place, size, angle, colours
-    vary."""
+    """Pictures of ten shapes, of random place, size, angle, colours: uint8 (count, 3, 32, 32), and labels."""
     uniform = lambda low, high: low + (high - low) * torch.rand(count, 1, 1, generator=generator)
     labels = torch.arange(count) % 10
     grid = torch.arange(32.0)
@@ -114,8 +114,7 @@ def draw_shapes(count, generator):
 
 
 def load_shapes():
-    """The built-in data set, 20,000 training and 4,000 test pictures, the same on every machine and at every
-    call."""
+    """The built-in data set: 20,000 training and 4,000 test pictures, the same at every call."""
     train, test = (draw_shapes(n, torch.Generator().manual_seed(n)) for n in (20_000, 4_000))
     return {
         "name": "shapes", "classes": list(SHAPES), "train_x": train[0], "train_y": train[1],
@@ -124,8 +123,7 @@ def load_shapes():
 
 
 def load_torchvision(name, root):
-    """CIFAR-10 or CIFAR-100 through torchvision, downloaded into root where it is absent. Raises OSError
-    without it."""
+    """CIFAR-10 or -100 through torchvision, downloaded where absent. Raises OSError if it cannot be had."""
     build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
@@ -189,8 +187,7 @@ def load_tree(root, name):
 
 
 def decode(path, resize=False):
-    """An image file as uint8 (3, 32, 32). Raises ValueError unless it is RGB of 32x32, or is made so by
-    resize."""
+    """An image file as uint8 (3, 32, 32). Raises ValueError unless it is RGB of 32x32 or is to be resized."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -311,8 +308,7 @@ def contrast(x, scale=55.0):
 
 
 def prepare(x, data):
-    """uint8 images as the network takes them: normalised by channel, or whitened where the data hold a
-    zca."""
+    """uint8 images as the network takes them: normalised by channel, or whitened where data has a zca."""
     if "zca" not in data:
         return normalize(x, data["mean"], data["std"])
     mean, matrix = data["zca"]
@@ -325,8 +321,7 @@ def prepare(x, data):
 
 
 def keep_memory():
-    """Tells glibc to keep freed blocks: giving them back at every step costs a third of the time of a CPU
-    step."""
+    """Tells glibc to keep freed blocks: giving them back to the system at every step makes it far slower."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
@@ -352,8 +347,7 @@ def device_name(device):
 
 
 def choose_device(args):
-    """The torch.device and the training dtype ('bf16' or 'fp32') that the flags ask for or the machine
-    suggests."""
+    """The device and the training dtype, 'bf16' or 'fp32', that the flags or the machine ask for."""
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
@@ -400,6 +394,12 @@ def builder(name):
         raise ValueError(f"--model {name}: {type(error).__name__}: {one_line(error)}") from None
 
 
+def default_width(name):
+    """The width that a constructor has by default, or None where it takes none."""
+    width = inspect.signature(builder(name)).parameters.get("width")
+    return None if width is None or width.default is width.empty else width.default
+
+
 def build_model(config):
     """The network of a configuration, initialised by its seed: (model, hyperparam)."""
     build = builder(config["model"])
@@ -407,8 +407,8 @@ def build_model(config):
     torch.manual_seed(config["seed"])
     if config["model"] in models.MODELS:
         return build(**wanted), wanted
-    for hyperparam in (wanted, {k: v
-                                for k, v in wanted.items() if k == "width"}):  # a student's may take neither
+    width = {k: v for k, v in wanted.items() if k == "width"}
+    for hyperparam in (wanted, width):  # a student's network may have its classes built in
         try:
             return build(**hyperparam), hyperparam
         except TypeError as error:
@@ -433,8 +433,7 @@ def load_network(path, name=None):
 
 
 def generator(*key, device="cpu"):
-    """A generator that depends on the key alone: nothing is to be restored when a run resumes in the
-    middle."""
+    """A generator that depends on the key alone: a run that resumes has no random state to restore."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -443,14 +442,12 @@ def configure(args, data):
     """The whole configuration of a training run, JSON types only."""
     name, settings = preset(args.mode, args.model, args.paper)
     config = {
-        "mode": args.mode, "model": args.model, "width": args.width, "classes": len(data["classes"]),
+        "mode": args.mode, "model": args.model, "width": args.width or default_width(args.model),
+        "classes": len(data["classes"]),
         "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name,
         **settings
     }
-    config |= {
-        k: getattr(args, k)
-        for k in ("epochs", "batch_size", "lr", "optimizer") if getattr(args, k) is not None
-    }
+    config |= {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer") if k in args.given}
     total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
@@ -489,16 +486,14 @@ def make_step(job):
         epoch, i = run["epoch"], run["step"]
         order = torch.randperm(images, generator=generator(seed, "order", epoch))
         chosen = order[i * size:(i + 1) * size]
-        flip = (mirrored[chosen]
-                ^ bool(epoch % 2)).to(device) if config["flip"] else None  # each way every two epochs
+        flip = (mirrored[chosen] ^ bool(epoch % 2)).to(device) if config["flip"] else None  # in turns
         x = augment(data["train_x"][chosen.to(device)], flip, config["crop"], config["cutout"],
                     generator(seed, "augment", epoch, i, device=device))
         noise = None
         if config["mode"] == "bc-stochastic":
-            noise = bcq.draw_noise(run["params"], job.names, generator(seed, "noise", epoch, i,
-                                                                       device=device))
-        torch.manual_seed(generator(seed, "model", epoch,
-                                    i).initial_seed())  # for dropout in a user's own network
+            draw = generator(seed, "noise", epoch, i, device=device)
+            noise = bcq.draw_noise(run["params"], job.names, draw)
+        torch.manual_seed(generator(seed, "model", epoch, i).initial_seed())  # for a user's own dropout
         params, buffers, opt_state, metrics = train_step(
             run["params"], run["buffers"], run["opt_state"],
             (prepare(x, data), data["train_y"][chosen.to(device)]), lr, noise)
@@ -571,8 +566,7 @@ def duration(seconds):
 
 
 def train_epoch(job, run, interrupted):
-    """Trains to the end of the epoch, or to an interruption: the state. Raises ValueError at a loss that is
-    not finite."""
+    """The state at the end of the epoch, or at an interruption. Raises ValueError at a loss not finite."""
     every = 1 if job.device.type == "cpu" else 25  # asking a GPU for its losses makes it wait
     pending = []
     with tqdm(total=job.steps, initial=run["step"], disable=not sys.stderr.isatty(), leave=False,
@@ -658,8 +652,7 @@ def where(job):
 
 
 def prepare_job(args, saved):
-    """All that a training needs and that does not change in it: the data, the network, the step, the
-    schedule."""
+    """All that a training needs and does not change: the data, the network, the step, the schedule."""
     device, dtype = choose_device(args)
     data = load_data(args.dataset, args.data_dir, args.classes)
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
@@ -671,9 +664,9 @@ def prepare_job(args, saved):
     names = bcq.quantizable(model) if MODES[config["mode"]][0] else []
     init, update = optimizer(config, bcq.split(model)[0], names)
     job = argparse.Namespace(
-        args=args, device=device, config=config, data=to_device(data,
-                                                                device), model=model.to(device), names=names,
-        hyperparam=hyperparam, init=init, update=update, steps=len(data["train_y"]) // config["batch_size"],
+        args=args, device=device, config=config, data=to_device(data, device), model=model.to(device),
+        names=names, hyperparam=hyperparam, init=init, update=update,
+        steps=len(data["train_y"]) // config["batch_size"],
         forward=bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply)
     job.lr_at, job.step = schedule(config, config["epochs"] * job.steps), make_step(job)
     return job
@@ -689,10 +682,8 @@ def finished(folder):
 def signals_noted():
     """Ctrl-C and SIGTERM, for as long as this lasts, only fill the list that it gives."""
     noted = []
-    old = {
-        s: signal.signal(s, lambda number, _: noted.append(number))
-        for s in (signal.SIGINT, signal.SIGTERM)
-    }
+    note = lambda number, _: noted.append(number)
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
@@ -772,8 +763,8 @@ def test(path, model_name, data, device, dtype=torch.float32):
 def kinds(path):
     """The distinct values of the weights in a file, over the layers that its method quantizes, in words."""
     content = bcq.read_checkpoint(path)
-    return ", ".join(f"{v:g}" for v in torch.cat([content["net"][n].unique()
-                                                  for n in content["names"]]).unique().tolist())
+    values = torch.cat([content["net"][n].unique() for n in content["names"]]).unique()
+    return ", ".join(f"{v:g}" for v in values.tolist())
 
 
 def expect(args, accuracy):
@@ -798,7 +789,7 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
         "dataset": config["dataset"],
         "model": config["model"],
         "preset": config["preset"],
-        "width": config["width"] or 1.0,
+        "width": config["width"],
         "epochs": config["epochs"],
         "batch": config["batch_size"],
         "seed": config["seed"],
@@ -893,12 +884,12 @@ def report(path, job, run):
 
 
 def to_device(value, device):
-    """Nested dicts and lists with their tensors moved to the device."""
+    """Nested dicts and lists (tuples become lists) with their tensors moved to the device."""
     if torch.is_tensor(value):
         return value.to(device)
     if isinstance(value, dict):
         return {k: to_device(v, device) for k, v in value.items()}
-    return [to_device(v, device) for v in value] if isinstance(value, list) else value
+    return [to_device(v, device) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -907,8 +898,7 @@ def to_device(value, device):
 
 
 def checkpoint_data(args, meta, device):
-    """The data that a checkpoint was trained on, or those that the flags name, prepared as in its
-    training."""
+    """The data that a checkpoint was trained on, or that the flags name, prepared as in its training."""
     dataset = args.given.get("dataset") or meta.get("dataset")
     classes = args.classes or (len(meta["classes"]) if "classes" in meta else None)
     data = load_data(dataset, args.data_dir, classes)
@@ -931,8 +921,7 @@ def evaluate_checkpoint(args):
 
 
 def convert(args):
-    """--mode ptq: the network in a file in half precision; accuracy, size, latency before and after: the exit
-    status."""
+    """--mode ptq: a network in half precision; accuracy, size, latency before and after: the exit status."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.dtype)
     if dtype is None:
         raise ValueError("--mode ptq needs --dtype fp16 or bf16")
@@ -1102,7 +1091,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("run.py: stopped before there was anything to save", file=sys.stderr)
+        print("run.py: stopped", file=sys.stderr)
         return 130
     return 2
 

@@ -20,8 +20,7 @@ def start(model, pair, std=0.3):
 
 
 def test_the_step_is_algorithm_1_to_the_last_bit(small):
-    """Algorithm 1 stated literally: differentiate at wb, apply the gradient to w, clip; no straight-through
-    anywhere."""
+    """Algorithm 1 read literally: differentiate at wb, move w, clip; no straight-through anywhere."""
     pair = bcq.sgd(0.9)
     names, params, buffers, state = start(small, pair)
     step = bcq.make_train_step(small, names, bcq.binarize, pair[1], bcq.cross_entropy())
