@@ -224,6 +224,28 @@ def evaluate(model, params, buffers, batches, forward=apply):
     return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
 
 
+def recalibrate(model, params, buffers, batches, forward=apply):
+    """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
+
+    Training leaves moving averages over steps in which other signs were in force. Pass training images, not
+    test images. Source: Wu and Johnson 2021, arXiv:2105.07576, section 3.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    buffers = {k: torch.zeros_like(b) if k.endswith(statistics) else b for k, b in buffers.items()}
+    try:
+        for m in norms:
+            m.momentum = None   # a plain average over the batches, in place of a moving one
+        for x, _ in batches:
+            with torch.no_grad():
+                _, buffers = forward(model, params, buffers, x, train=True)
+    finally:
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
+    return buffers
+
+
 def saturation(params, names, bound=1.0):
     """The share, 0 to 1, of latent weights that sit at +-bound, over all the tensors in names."""
     return sum((params[n].abs() >= bound).sum().item() for n in names) / sum(params[n].numel() for n in names)

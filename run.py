@@ -33,11 +33,11 @@ import models
 # Presets: the one table. Later rows override earlier ones; flags override all.
 # ------------------------------------------------------------------------------------------------------
 
-DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, weight_decay=5e-4,
+DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, lr_scale={}, weight_decay=5e-4,
                 schedule="linear", warmup=0.0, smoothing=0.0, flip=True, crop=4, cutout=0)
 PRESETS = {
-    "fast": dict(epochs=8, batch_size=500, optimizer="muon", lr=0.1, rest_lr=1.0, weight_decay=0.0,
-                 smoothing=0.2, crop=2),
+    "fast": dict(epochs=12, batch_size=500, optimizer="muon", lr=0.15, rest_lr=5.0, weight_decay=0.0,
+                 smoothing=0.2, crop=3, lr_scale={"stem.weight": 0.0}),
     "bc": dict(weight_decay=0.0),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0,
                   schedule="exponential", smoothing=None, flip=False, crop=0),
@@ -64,7 +64,7 @@ def optimizer(settings, params, names):
     return {
         "sgd": lambda: bcq.sgd(0.9, nesterov=True, weight_decay=settings["weight_decay"]), "adam": bcq.adam,
         "adam-glorot": lambda: bcq.scale_lr(bcq.adam(), bcq.glorot_scale(params, names)),
-        "muon": lambda: bcq.by_name(matrices, bcq.muon(0.6), rest)
+        "muon": lambda: bcq.scale_lr(bcq.by_name(matrices, bcq.muon(0.4), rest), settings["lr_scale"])
     }[settings["optimizer"]]()
 
 
@@ -548,6 +548,13 @@ def end_epoch(job, run):
     }
 
 
+def recalibrated(job, run):
+    """The buffers with batch norm's statistics over 5,000 training images, for the final weights."""
+    size = job.config["batch_size"]
+    first = itertools.islice(batches(job.data, "train", size), min(job.steps, max(1, 5000 // size)))
+    return bcq.recalibrate(job.model, deployed(run["params"], job), run["buffers"], first, job.forward)
+
+
 def expected_seconds(job, run):
     """The time left, from a few steps whose result is thrown away: a pure step costs nothing else."""
     times = []
@@ -640,15 +647,15 @@ def resumed_args(args, saved):
             raise ValueError(
                 f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {config[key]}")
     own = {k: config[k] for k in ("mode", "classes", "dtype")}
-    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir",) if k in args.given}}
+    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads") if k in args.given}}
     return argparse.Namespace(**{**vars(args), **own, **source})
 
 
 def where(job):
-    """The flags that find the data of a run again, from any folder."""
+    """What a run needs from its machine to go on bit for bit: where its data are, and the threads."""
     dataset = job.args.dataset if job.data["name"] not in (*STATISTICS, "shapes") else job.data["name"]
     own = {"dataset": str(Path(dataset).resolve()) if dataset != job.data["name"] else dataset}
-    return {**own, "data_dir": str(Path(job.args.data_dir).resolve())}
+    return {**own, "data_dir": str(Path(job.args.data_dir).resolve()), "threads": torch.get_num_threads()}
 
 
 def prepare_job(args, saved):
@@ -694,10 +701,11 @@ def signals_noted():
 def train(args):
     """Trains, or goes on training, and evaluates once on the test set: the exit status."""
     folder, saved = find_run(args)
+    args = resumed_args(args, saved) if saved else args
     if saved and (done := finished(folder)) is not None:
         print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with")
         return expect(args, done)
-    job = prepare_job(resumed_args(args, saved) if saved else args, saved)
+    job = prepare_job(args, saved)
     run = to_device(saved["state"], job.device) if saved else fresh(job)
     try_forward(job, run)
     describe(job, run)
@@ -708,6 +716,8 @@ def train(args):
         while run["epoch"] < job.config["epochs"] and not interrupted:
             start = time.perf_counter()
             run = train_epoch(job, run, interrupted)
+            if run["step"] == job.steps and run["epoch"] + 1 == job.config["epochs"]:
+                run = {**run, "buffers": recalibrated(job, run)}
             if run["step"] == job.steps:
                 run = end_epoch(job, run)
                 write_lines(folder / "metrics.jsonl", run["history"])

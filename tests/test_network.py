@@ -129,6 +129,18 @@ def test_the_binary_and_the_latent_weights_are_two_networks_with_two_accuracies(
                                                                               data)["loss"]
 
 
+def test_recalibrate_gives_the_mean_over_batches_of_the_statistics_of_each_batch(small):
+    params, buffers = bcq.split(small)
+    data, kept = [batch(i) for i in range(5)], copy.deepcopy(buffers)
+    updated = bcq.recalibrate(small, params, buffers, iter(data))
+    pooled = [torch.nn.functional.avg_pool2d(small.conv(x), 4).detach().numpy() for x, _ in data]
+    means = [p.mean((0, 2, 3)) for p in pooled]
+    variances = [p.transpose(1, 0, 2, 3).reshape(8, -1).var(1, ddof=1) for p in pooled]
+    assert np.allclose(updated["norm.running_mean"], np.mean(means, 0), atol=1e-6)
+    assert np.allclose(updated["norm.running_var"], np.mean(variances, 0), atol=1e-6)
+    assert same(kept, buffers) and small.norm.momentum == 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_to_dtype_equals_model_half_bit_for_bit_in_its_tensors_and_its_logits(small, dtype):
     x, _ = batch(0)
