@@ -36,7 +36,7 @@ import models
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, lr_scale={}, weight_decay=5e-4,
                 schedule="linear", warmup=0.0, smoothing=0.0, flip=True, crop=4, cutout=0)
 PRESETS = {
-    "fast": dict(epochs=12, batch_size=500, optimizer="muon", lr=0.15, rest_lr=5.0, weight_decay=0.0,
+    "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr=0.15, rest_lr=5.0, weight_decay=0.0,
                  smoothing=0.2, crop=3, lr_scale={"stem.weight": 0.0}),
     "bc": dict(weight_decay=0.0),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0,
@@ -937,9 +937,8 @@ def convert(args):
         raise ValueError("--mode ptq needs --dtype fp16 or bf16")
     device, _ = choose_device(args)
     model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
-    hyperparam, meta = (meta.pop("hyperparam"),
-                        {k: v
-                         for k, v in meta.items() if k not in ("latent", "run", "bcq")})
+    hyperparam = meta.get("hyperparam")
+    meta = {k: v for k, v in meta.items() if k not in ("bcq", "hyperparam", "latent", "state", "source")}
     data = checkpoint_data(args, meta, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
