@@ -75,20 +75,25 @@ def quantizable(model, first=True, last=True):
     """The names of the weights of all Conv2d and Linear modules, a list in the order of their definition.
 
     first=False, last=False leave that layer's weight out, to stay real. A weight shared by several modules is
-    named once, as in model.named_parameters(). Raises ValueError if the model has no such layer.
+    named once, as in model.named_parameters(). Raises ValueError if the model has no such layer, or one whose
+    weight is no parameter but computed from others (weight_norm and the like).
     """
     canonical = {id(p): name for name, p in model.named_parameters()}
-    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    names = list(dict.fromkeys(canonical[id(m.weight)] for m in layers if id(m.weight) in canonical))
-    if not names:
-        raise ValueError("the model has no Conv2d or Linear weight to quantize")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    computed = [name for name, m in layers.items() if id(m.weight) not in canonical]
+    if computed or not layers:
+        raise ValueError(f"the weight of {', '.join(computed)} is no parameter, but computed from others"
+                         if computed else "the model has no Conv2d or Linear weight to quantize")
+    names = list(dict.fromkeys(canonical[id(m.weight)] for m in layers.values()))
     return names[0 if first else 1:len(names) if last else -1]
 
 
-def _check_names(params, names):
-    unknown = [name for name in names if name not in params]
-    if unknown:
-        raise KeyError(f"no such parameter: {', '.join(unknown)}")
+def _known(params, names):
+    """The names as a set. Raises KeyError for those that are not in params."""
+    names = set(names)
+    if names - params.keys():
+        raise KeyError(f"no such parameter: {', '.join(sorted(names - params.keys()))}")
+    return names
 
 
 def quantize_params(params, names, quantizer, noise=None):
@@ -97,8 +102,7 @@ def quantize_params(params, names, quantizer, noise=None):
     noise: for a stochastic quantizer a dict of tensors, passed as quantizer(w, noise[name]). The gradient
     passes straight through to the params given. Raises KeyError for a name that is not in params.
     """
-    _check_names(params, names)
-    draw = {name: () if noise is None else (noise[name],) for name in names}
+    draw = {name: () if noise is None else (noise[name],) for name in _known(params, names)}
     return {k: straight_through(w, quantizer(w, *draw[k])) if k in draw else w for k, w in params.items()}
 
 
@@ -108,8 +112,7 @@ def clip_params(params, names, bound=1.0):
     A latent weight beyond the bound would no longer move the sign. Raises KeyError for an unknown name.
     Source: the paper, section 2.4.
     """
-    _check_names(params, names)
-    names = set(names)
+    names = _known(params, names)
     return {k: w.clamp(-bound, bound) if k in names else w for k, w in params.items()}
 
 
@@ -118,9 +121,9 @@ def draw_noise(params, names, generator):
 
     generator: a torch.Generator on the params' device, the only argument in this file that a call advances.
     """
-    _check_names(params, names)
+    names = _known(params, names)
     draw = lambda w: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
-    return {name: draw(params[name]) for name in names}
+    return {name: draw(w) for name, w in params.items() if name in names}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -180,11 +183,13 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
     """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
 
     The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and
-    accuracy (0 to 1) of the batch as tensors without dimensions, so that nothing waits for a GPU. batch is
-    (x, labels). An ordinary network is the case of no names. Source: the paper, Algorithm 1.
+    accuracy (0 to 1) of the batch as tensors without dimensions. batch is (x, labels). An ordinary network is
+    the case of no names. All params are trained: to freeze some, give them steps of 0 (scale_lr). Source: the
+    paper, Algorithm 1.
     """
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
+        params = {k: w.detach() for k, w in params.items()}
         latent = {k: w.detach().requires_grad_() for k, w in params.items()}
 
         weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
@@ -228,22 +233,26 @@ def recalibrate(model, params, buffers, batches, forward=apply):
     """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
 
     Training leaves moving averages over steps in which other signs were in force. Pass training images, not
-    test images. Source: Wu and Johnson 2021, arXiv:2105.07576, section 3.
+    test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
-    buffers = {k: torch.zeros_like(b) if k.endswith(statistics) else b for k, b in buffers.items()}
+    norms = {k: m for k, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    momenta = {k: m.momentum for k, m in norms.items()}
+    counts = {f"{k}.num_batches_tracked" for k in norms}
+    updated = {k: torch.zeros_like(b) if k in counts else b for k, b in buffers.items()}
+    images = 0
     try:
-        for m in norms:
-            m.momentum = None   # a plain average over the batches, in place of a moving one
-        for x, _ in batches:
+        for m in norms.values():
+            m.momentum = None   # a plain average over the batches, which forgets what was there before
+        for x, labels in batches:
+            images += len(labels)
             with torch.no_grad():
-                _, buffers = forward(model, params, buffers, x, train=True)
+                _, updated = forward(model, params, updated, x, train=True)
     finally:
-        for m, momentum in zip(norms, momenta):
-            m.momentum = momentum
-    return buffers
+        for k, m in norms.items():
+            m.momentum = momenta[k]
+    if not images:
+        raise ValueError("no images to recalibrate on")
+    return updated
 
 
 def saturation(params, names, bound=1.0):
@@ -281,7 +290,7 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam. Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1."""
     def init(params):
         zeros = lambda: {k: torch.zeros_like(p) for k, p in params.items()}
-        return {"step": torch.zeros(()), "mean": zeros(), "square": zeros()}
+        return {"step": torch.zeros((), dtype=torch.float64), "mean": zeros(), "square": zeros()}
 
     def update(grads, state, params, lr):
         step = state["step"] + 1
@@ -295,7 +304,7 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
 
 
 def orthogonalize(g, steps=5):
-    """g with its singular values brought near 1, between 0.7 and 1.2, and its singular vectors kept.
+    """g with its singular vectors kept and its singular values, but for tiny ones, brought near 1.
 
     g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype. Computed in
     bfloat16 by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon", and torch.optim.Muon.
@@ -332,11 +341,15 @@ def muon(momentum=0.95, nesterov=True, steps=5):
 
 
 def by_name(names, optimizer, rest):
-    """The optimizer that uses one (init, update) pair on the parameters in names and another on the rest."""
+    """The optimizer that uses one (init, update) pair on the parameters in names and another on the rest.
+
+    init raises KeyError for a name that is not in params.
+    """
     names, pairs = set(names), (optimizer, rest)
     parts = lambda d: [{k: v for k, v in d.items() if (k in names) == inside} for inside in (True, False)]
 
     def init(params):
+        _known(params, names)
         return [pair[0](part) for pair, part in zip(pairs, parts(params))]
 
     def update(grads, state, params, lr):
@@ -375,7 +388,7 @@ def linear_schedule(peak, steps, warmup=0):
 
 
 def exponential_schedule(start, end, steps):
-    """lr(step): from start to end at step == steps, by one factor a step. Source: the paper, section 3.3."""
+    """lr(step): from start to end at step == steps, by one factor a step. Source: the paper, section 3.2."""
     return lambda step: start * (end / start) ** (step / steps)
 
 
@@ -387,7 +400,7 @@ def exponential_schedule(start, end, steps):
 def mixed_precision(dtype):
     """A forward to pass in place of apply: the same under autocast to dtype, with logits in float32."""
     def forward(model, params, buffers, x, train=False):
-        with torch.autocast(x.device.type, dtype):
+        with torch.autocast(next(iter(params.values())).device.type, dtype):
             logits, buffers = apply(model, params, buffers, x, train)
         return logits.float(), buffers
     return forward
@@ -408,7 +421,8 @@ def to_dtype(tensors, dtype):
 def in_dtype(dtype):
     """A forward to pass in place of apply, for params and buffers in dtype: the inputs are cast too."""
     def forward(model, params, buffers, x, train=False):
-        logits, buffers = apply(model, params, buffers, x.to(dtype), train)
+        cast = tuple(t.to(dtype) for t in x) if isinstance(x, tuple) else x.to(dtype)
+        logits, buffers = apply(model, params, buffers, cast, train)
         return logits.float(), buffers
     return forward
 
@@ -429,6 +443,15 @@ def state_dict(model, params, buffers):
     return {k: tensors[canonical[id(t)]] for k, t in expected.items() if id(t) in canonical}
 
 
+def to_device(value, device):
+    """Nested dicts, lists and tuples with the tensors in them moved to the device."""
+    if torch.is_tensor(value):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return type(value)(to_device(v, device) for v in value) if isinstance(value, (list, tuple)) else value
+
+
 def save_checkpoint(path, net, hyperparam, **meta):
     """Writes {'net': net, 'hyperparam': hyperparam, **meta} atomically: path is the old file or the new one.
 
@@ -438,7 +461,7 @@ def save_checkpoint(path, net, hyperparam, **meta):
     OSError if it cannot be written.
     """
     stream = io.BytesIO()
-    torch.save({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, stream)
+    torch.save(to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu"), stream)
     comment = len(_SEAL) + 32
     sealed = stream.getvalue()[:-2] + struct.pack("<H", comment) + _SEAL
     temporary = Path(f"{path}.tmp")
@@ -578,9 +601,11 @@ class BC(nn.Module):
             self._binary = None
 
     def clip(self):
-        """Clips the latent weights to [-1, 1]: call it after the optimizer's step."""
+        """Clips the latent weights to [-1, 1]. Raises RuntimeError while the model is binary."""
+        if self._binary:
+            raise RuntimeError("the model is binary: call restore() and optimizer.step() before clip()")
         latent = {name: w.detach() for name, w in zip(self.names, self.target_modules)}
         self._write(clip_params(latent, self.names).values())
 
-    def forward(self, x):
-        return self.model(x)
+    def forward(self, *inputs):
+        return self.model(*inputs)

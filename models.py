@@ -28,7 +28,7 @@ def conv_norms(channels, cin=3):
 class VGG(nn.Module):
     """(2 x C3) - MP2 three times, then fully connected layers, batch norm after every layer, the last too.
 
-    vgg_bc: the paper's, 128, 256, 512 channels and (2 x 1024FC) - 10 (arXiv:1511.00363, section 3.3).
+    vgg_bc: the paper's, 128, 256, 512 channels and (2 x 1024FC) - 10 (arXiv:1511.00363, section 3.2).
     vgg_small: the same convolutions and one fully connected layer, the usual small one of the 1-bit
     literature.
     """
@@ -196,12 +196,10 @@ def resnet18(classes=10, width=1.0, act=F.relu):
 
 
 def hadamard_stem(channels):
-    """The first weights of Fast, (channels, 3, 2, 2) of +-1: edges and colour contrasts of 2x2 pixels, each
-    with its opposite.
+    """The first weights of Fast, (channels, 3, 2, 2) of +-1: patterns of 2x2 pixels and their opposites.
 
-    Natural images are nearly decorrelated by such patterns (Haar wavelets in space, differences of colours),
-    whose entries are +-1 as they stand; batch norm behind them brings each to unit variance, which makes them
-    a whitening.
+    Edges and differences of colours, after the Haar wavelets and the whitening of image patches, whose
+    filters are nearly +-1 as they stand. Batch norm behind them brings the faint ones up to the strong ones.
     """
     mean, across, down, corner = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1.]])
     half, other = torch.tensor([[-1, -1, -1, 1], [1, -1, -1, -1.]])   # of mean -1/2, to balance a mean of 1
@@ -215,13 +213,10 @@ def hadamard_stem(channels):
 
 
 class Fast(nn.Module):
-    """A network made for training speed, after airbench94 (Jordan 2024, arXiv:2404.00498): 64, 256, 256
-    channels.
+    """A network made for training speed, after airbench94 (Jordan 2024, arXiv:2404.00498).
 
-    Here its first layer is trained (see hadamard_stem) and may be binary like the others, pooling to one
-    pixel is by mean, and batch norm stands after the last layer too, as in the BinaryConnect paper: it gives
-    +-1 weights logits of the right scale. Batch norm has no learned scale but there: a scale before a
-    sign-invariant layer does little.
+    Unlike there, its first layer is +-1 (see hadamard_stem), and batch norm stands after the last layer too,
+    as in the BinaryConnect paper: it gives +-1 weights logits of the right scale.
     """
 
     def __init__(self, classes=10, width=1.0, act=F.gelu):

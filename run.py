@@ -33,42 +33,51 @@ import models
 # Presets: the one table. Later rows override earlier ones; flags override all.
 # ------------------------------------------------------------------------------------------------------
 
-DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", lr=0.1, rest_lr=1.0, lr_scale={}, weight_decay=5e-4,
-                schedule="linear", warmup=0.0, smoothing=0.0, flip=True, crop=4, cutout=0)
+OPTIMIZERS = {
+    "sgd": dict(lr=0.1, momentum=0.9, weight_decay=5e-4),
+    "adam": dict(lr=1e-3),
+    "adam-glorot": dict(lr=3e-3),
+    "muon": dict(lr=0.15, momentum=0.4, rest_lr=5.0, rest_momentum=0.85),
+}
+DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy",
+                smoothing=0.0, latents="model", flip=True, crop=4, cutout=0, recalibrate=0, zca=False)
 PRESETS = {
-    "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr=0.15, rest_lr=5.0, weight_decay=0.0,
-                 smoothing=0.2, crop=3, lr_scale={"stem.weight": 0.0}),
+    "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr_scale={"stem.weight": 0.0}, smoothing=0.2,
+                 crop=3, recalibrate=5000),
     "bc": dict(weight_decay=0.0),
-    "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", lr=3e-3, weight_decay=0.0,
-                  schedule="exponential", smoothing=None, flip=False, crop=0),
+    "fast bc-stochastic": dict(lr=2.0),   # probabilities away from one half need latents near the bound
+    "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", schedule="exponential", lr_end=2e-6,
+                  loss="square hinge", latents="uniform", flip=False, crop=0, zca=True),
 }
-PAPER_LR_END = 2e-6
 MODES = {
-    "fp32": (None, "an ordinary network"), "bc": (bcq.binarize, "BinaryConnect, deterministic"),
-    "bc-stochastic": (bcq.binarize_stochastic, "BinaryConnect, stochastic in training, deployed as sign(w)")
+    "fp32": (None, "an ordinary network"),
+    "bc": (bcq.binarize, "BinaryConnect, deterministic"),
+    "bc-stochastic": (bcq.binarize_stochastic, "BinaryConnect, stochastic in training, deployed as sign(w)"),
 }
 
 
-def preset(mode, model, paper=False):
-    """The name and the settings of the preset for a mode and a model."""
-    method = "fp32" if mode == "fp32" else "bc"
-    rows = ["paper"] if paper else [model, method, f"{model} {method}"]
-    settings = {**DEFAULTS, **{k: v for row in rows for k, v in PRESETS.get(row, {}).items()}}
-    return "paper" if paper else f"{model} {method}", settings
+def preset(mode, model, paper=False, **flags):
+    """The name and the settings of the preset for a mode and a model, with the flags that were given."""
+    rows = ["paper"] if paper else [model, "fp32" if mode == "fp32" else "bc", f"{model} {mode}"]
+    own = {k: v for row in rows for k, v in PRESETS.get(row, {}).items()}
+    chosen = {**DEFAULTS, **own, **flags}["optimizer"]
+    settings = {**DEFAULTS, **OPTIMIZERS[chosen], **own, **flags}
+    return "paper" if paper else f"{model} {mode}", settings
 
 
 def optimizer(settings, params, names):
     """The pair (init, update) that the settings name; names: the weights that the method quantizes."""
-    rest = bcq.scale_lr(bcq.sgd(0.85, nesterov=True), settings["rest_lr"])
     matrices = [k for k, p in params.items() if p.ndim > 1]
-    return {
-        "sgd": lambda: bcq.sgd(0.9, nesterov=True, weight_decay=settings["weight_decay"]), "adam": bcq.adam,
+    build = {
+        "sgd": lambda: bcq.sgd(settings["momentum"], nesterov=True, weight_decay=settings["weight_decay"]),
+        "adam": bcq.adam,
         "adam-glorot": lambda: bcq.scale_lr(bcq.adam(), bcq.glorot_scale(params, names)),
-        "muon": lambda: bcq.scale_lr(bcq.by_name(matrices, bcq.muon(0.4), rest), settings["lr_scale"])
-    }[settings["optimizer"]]()
+        "muon": lambda: bcq.by_name(
+            matrices, bcq.muon(settings["momentum"]),
+            bcq.scale_lr(bcq.sgd(settings["rest_momentum"], nesterov=True), settings["rest_lr"])),
+    }
+    return bcq.scale_lr(build[settings["optimizer"]](), settings.get("lr_scale", {}))
 
-
-OPTIMIZERS = ("sgd", "adam", "adam-glorot", "muon")
 
 # ------------------------------------------------------------------------------------------------------
 # Data: a dict of uint8 tensors train_x, train_y, test_x, test_y, with name, classes, mean, std
@@ -165,12 +174,13 @@ def load_tree(root, name):
         raise ValueError(f"{root}: its classes are not CIFAR-10's; use --dataset {root}")
     if name == "cifar100" and len(folders["train"]) != 100:
         raise ValueError(f"{root}: {len(folders['train'])} classes, CIFAR-100 has 100; use --dataset {root}")
-    stamps = [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for split in files for p in files[split]]
+    stamps = [f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}"
+              for split in files for p in files[split]]
     fingerprint = hashlib.sha256("\n".join(stamps).encode()).hexdigest()
     cache = root / "bcq-cache.pth"
     try:
         content = bcq.read_checkpoint(cache)
-        if content["hyperparam"] == fingerprint:
+        if content["fingerprint"] == fingerprint:
             return {"name": name, "classes": folders["train"], **content["net"]}
     except (OSError, ValueError, KeyError):
         pass  # no cache, or one of other files, or a damaged one: decode again
@@ -180,7 +190,7 @@ def load_tree(root, name):
         tensors[f"{split}_x"] = torch.stack([decode(path) for path in files[split]])
         tensors[f"{split}_y"] = torch.tensor([folders[split].index(p.parent.name) for p in files[split]])
     try:
-        bcq.save_checkpoint(cache, tensors, fingerprint)
+        bcq.save_checkpoint(cache, tensors, None, fingerprint=fingerprint)
     except OSError as error:
         print(f"data       not cached, decoded again next time ({one_line(error)})")
     return {"name": name, "classes": folders["train"], **tensors}
@@ -213,7 +223,8 @@ def load_data(dataset, data_dir, classes=None):
     elif name not in STATISTICS:
         if not Path(name).is_dir():
             raise ValueError(f"--dataset {name}: neither cifar10, cifar100, shapes nor a folder")
-        data = load_tree(Path(name), Path(name).resolve().name)
+        base = Path(name).resolve().name
+        data = load_tree(Path(name), f"folder {base}" if base in (*STATISTICS, "shapes") else base)
     elif (root / "train").is_dir():
         data = load_tree(root, name)
     else:
@@ -352,6 +363,8 @@ def choose_device(args):
         torch.set_num_threads(args.threads)
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {one_line(error)}") from None
@@ -378,6 +391,14 @@ def commit():
 # ------------------------------------------------------------------------------------------------------
 
 
+def in_one_line(name, call):
+    """What call() returns; whatever a user's own code raises in it becomes a ValueError of one line."""
+    try:
+        return call()
+    except Exception as error:
+        raise ValueError(f"--model {name}: {type(error).__name__}: {one_line(error)}") from None
+
+
 def builder(name):
     """The constructor that --model names: a key of models.MODELS, or FILE.py:NAME."""
     if name in models.MODELS:
@@ -385,46 +406,62 @@ def builder(name):
     file, _, attribute = name.rpartition(":")
     if not file.endswith(".py"):
         raise ValueError(f"--model {name}: neither FILE.py:NAME nor one of {', '.join(models.MODELS)}")
-    try:
+
+    def read():
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, attribute)
-    except Exception as error:  # whatever a user's file raises is the user's to read, in one line
-        raise ValueError(f"--model {name}: {type(error).__name__}: {one_line(error)}") from None
+
+    build = in_one_line(name, read)
+    if not callable(build):
+        raise ValueError(f"--model {name}: {attribute} is a {type(build).__name__}, no class or function")
+    return build
 
 
 def default_width(name):
     """The width that a constructor has by default, or None where it takes none."""
-    width = inspect.signature(builder(name)).parameters.get("width")
+    width = in_one_line(name, lambda: inspect.signature(builder(name)).parameters.get("width"))
     return None if width is None or width.default is width.empty else width.default
 
 
 def build_model(config):
     """The network of a configuration, initialised by its seed: (model, hyperparam)."""
-    build = builder(config["model"])
-    wanted = {"classes": config["classes"], **({} if config["width"] is None else {"width": config["width"]})}
+    name, build = config["model"], builder(config["model"])
+    known = in_one_line(name, lambda: inspect.signature(build).parameters)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    given = {k: config[k] for k in ("classes", "width") if config[k] is not None}
+    hyperparam = {k: v for k, v in given.items() if k in known or any_name}
     torch.manual_seed(config["seed"])
-    if config["model"] in models.MODELS:
-        return build(**wanted), wanted
-    width = {k: v for k, v in wanted.items() if k == "width"}
-    for hyperparam in (wanted, width):  # a student's network may have its classes built in
-        try:
-            return build(**hyperparam), hyperparam
-        except TypeError as error:
-            problem = error
-    raise ValueError(f"--model {config['model']}: cannot be built with {wanted} ({one_line(problem)})")
+    model = in_one_line(name, lambda: build(**hyperparam))
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"--model {name}: gives a {type(model).__name__}, not an nn.Module")
+    return model, hyperparam
 
 
-def load_network(path, name=None):
-    """The network in a checkpoint: (model, params, buffers, meta)."""
+def load_network(path, device, name=None):
+    """The network in a checkpoint: a namespace of name, model, params, buffers, meta, dtype and forward."""
     if path is None:
         raise ValueError("this mode needs --checkpoint FILE")
-    content = bcq.read_checkpoint(path)
-    name = name or content.get("config", {}).get("model")
+    name = name or bcq.read_checkpoint(path).get("config", {}).get("model")
     if not name:
         raise ValueError(f"{path}: does not say of which model it is; add --model")
-    return bcq.load_checkpoint(path, builder(name))
+    model, params, buffers, meta = bcq.load_checkpoint(path, builder(name))
+    dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
+    params, buffers, meta = (bcq.to_device(v, device) for v in (params, buffers, meta))
+    return argparse.Namespace(name=name, model=model.to(device), params=params, buffers=buffers, meta=meta,
+                              dtype=dtype, forward=bcq.in_dtype(dtype))
+
+
+def check_network(net, x, classes, train=False):
+    """Raises ValueError, in one line, where the network does not map images to a logit for each class."""
+    def shape():
+        with torch.no_grad():
+            return tuple(net.forward(net.model, net.params, net.buffers, x, train)[0].shape)
+
+    found = in_one_line(net.name, shape)
+    if found != (len(x), classes):
+        raise ValueError(f"--model {net.name}: gives {found} for {len(x)} images of {classes} classes")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -440,14 +477,14 @@ def generator(*key, device="cpu"):
 
 def configure(args, data):
     """The whole configuration of a training run, JSON types only."""
-    name, settings = preset(args.mode, args.model, args.paper)
+    flags = {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer") if k in args.given}
+    name, settings = preset(args.mode, args.model, args.paper, **flags)
     config = {
         "mode": args.mode, "model": args.model, "width": args.width or default_width(args.model),
         "classes": len(data["classes"]),
         "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name,
         **settings
     }
-    config |= {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer") if k in args.given}
     total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
@@ -467,16 +504,17 @@ def adapt_batch(config, images, explicit):
 
 
 def schedule(config, steps):
-    """lr(step) of a configuration."""
-    if config["schedule"] == "exponential":
-        return bcq.exponential_schedule(config["lr"], PAPER_LR_END, steps)
-    return bcq.linear_schedule(config["lr"], steps, int(config["warmup"] * steps))
+    """lr(step) of a configuration with so many steps an epoch."""
+    if config["schedule"] == "exponential":      # by the epoch, as in the paper
+        by_epoch = bcq.exponential_schedule(config["lr"], config["lr_end"], config["epochs"])
+        return lambda step: by_epoch(step // steps)
+    return bcq.linear_schedule(config["lr"], config["epochs"] * steps)
 
 
 def make_step(job):
     """The training step of a job: step(run, lr) -> (run, metrics); run is the state of the training."""
-    config, data, device = job.config, job.data, job.device
-    loss = bcq.square_hinge if config["smoothing"] is None else bcq.cross_entropy(config["smoothing"])
+    config, data, device = job.config, job.dataset, job.device
+    loss = bcq.square_hinge if config["loss"] == "square hinge" else bcq.cross_entropy(config["smoothing"])
     train_step = bcq.make_train_step(job.model, job.names, MODES[config["mode"]][0], job.update, loss,
                                      forward=job.forward)
     seed, size, images = config["seed"], config["batch_size"], len(data["train_y"])
@@ -505,6 +543,9 @@ def make_step(job):
 def fresh(job):
     """The state of a training run before its first step."""
     params, buffers = bcq.split(job.model)
+    if job.config["latents"] == "uniform":       # over [-1, 1], as in the paper's code
+        noise = bcq.draw_noise(params, job.names, generator(job.config["seed"], "latents", device=job.device))
+        params = {**params, **{k: 2 * u - 1 for k, u in noise.items()}}
     return {
         "params": params, "buffers": buffers, "opt_state": job.init(params), "epoch": 0, "step": 0,
         "history": [], "losses": [], "accuracies": [], "seconds": 0.0, "before": params
@@ -514,10 +555,11 @@ def fresh(job):
 def save(path, job, run, **meta):
     """Writes a checkpoint: net is what the network computes with, latent what is trained."""
     net = bcq.state_dict(job.model, deployed(run["params"], job), run["buffers"])
-    preprocessing = {k: job.data[k] for k in ("mean", "std", "zca") if k in job.data}
+    preprocessing = {k: job.dataset[k] for k in ("mean", "std", "zca") if k in job.dataset}
     bcq.save_checkpoint(path, net, job.hyperparam, latent=run["params"] if job.names else {}, names=job.names,
-                        mode=job.config["mode"], dataset=job.config["dataset"], classes=job.data["classes"],
-                        config=job.config, train_images=len(job.data["train_y"]), **preprocessing, **meta)
+                        mode=job.config["mode"], dataset=job.config["dataset"], config=job.config,
+                        classes=job.dataset["classes"], train_images=len(job.dataset["train_y"]),
+                        **preprocessing, **meta)
 
 
 def deployed(params, job):
@@ -527,12 +569,14 @@ def deployed(params, job):
 
 def end_epoch(job, run):
     """The state with the epoch's line added to its history: the diagnostics of a 1-bit training."""
+    if job.config["recalibrate"] and run["epoch"] + 1 == job.config["epochs"]:
+        run = {**run, "buffers": recalibrated(job, run)}
     line = {
         "epoch": run["epoch"] + 1, "lr": job.lr_at((run["epoch"] + 1) * job.steps - 1),
         "train_loss": statistics.fmean(run["losses"]), "train_accuracy": statistics.fmean(run["accuracies"])
     }
-    if len(job.data["val_y"]):
-        score = lambda params: bcq.evaluate(job.model, params, run["buffers"], batches(job.data, "val"), job.
+    if len(job.dataset["val_y"]):
+        score = lambda params: bcq.evaluate(job.model, params, run["buffers"], batches(job.dataset, "val"), job.
                                             forward)
         result = score(deployed(run["params"], job))
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
@@ -549,9 +593,10 @@ def end_epoch(job, run):
 
 
 def recalibrated(job, run):
-    """The buffers with batch norm's statistics over 5,000 training images, for the final weights."""
+    """The buffers with batch norm's statistics over training images, for the weights that are deployed."""
     size = job.config["batch_size"]
-    first = itertools.islice(batches(job.data, "train", size), min(job.steps, max(1, 5000 // size)))
+    count = min(job.steps, max(1, job.config["recalibrate"] // size))
+    first = itertools.islice(batches(job.dataset, "train", size), count)
     return bcq.recalibrate(job.model, deployed(run["params"], job), run["buffers"], first, job.forward)
 
 
@@ -572,6 +617,25 @@ def duration(seconds):
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+TRY = "try a lower --lr, or --dtype fp32; the last good checkpoint is kept"
+
+
+def checked(job, run, lr):
+    """A step of the job. Raises ValueError that says where, if the weights have become NaN."""
+    try:
+        return job.step(run, lr)
+    except ValueError as error:
+        here = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
+        raise ValueError(f"{here}: {one_line(error)}; {TRY}") from None
+
+
+def check_last_update(job, run):
+    """Raises ValueError where the weights, as the last update left them, give a loss that is not finite."""
+    _, metrics = checked(job, {**run, "step": 0}, 0.0)
+    if not math.isfinite(metrics["loss"].item()):
+        raise ValueError(f"epoch {run['epoch'] + 1}, after step {run['step']}: the loss is not finite; {TRY}")
+
+
 def train_epoch(job, run, interrupted):
     """The state at the end of the epoch, or at an interruption. Raises ValueError at a loss not finite."""
     every = 1 if job.device.type == "cpu" else 25  # asking a GPU for its losses makes it wait
@@ -580,10 +644,7 @@ def train_epoch(job, run, interrupted):
               unit=" steps") as bar:
         while run["step"] < job.steps and not interrupted:
             here = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
-            try:
-                run, metrics = job.step(run, job.lr_at(run["epoch"] * job.steps + run["step"]))
-            except ValueError as error:
-                raise ValueError(f"{here}: {one_line(error)}; {TRY}") from None
+            run, metrics = checked(job, run, job.lr_at(run["epoch"] * job.steps + run["step"]))
             pending.append(metrics)
             if len(pending) == every or run["step"] == job.steps or interrupted:
                 losses, accuracies = (torch.stack([m[k] for m in pending]).tolist()
@@ -599,12 +660,9 @@ def train_epoch(job, run, interrupted):
     return run
 
 
-TRY = "try a lower --lr, or --dtype fp32; the last good checkpoint is kept"
-
-
 def describe(job, run):
     """Prints the first lines of a run: what is trained, on what, with what, for how long."""
-    config, data, params = job.config, job.data, run["params"]
+    config, data, params = job.config, job.dataset, run["params"]
     sizes = ", ".join(f"{len(data[f'{split}_y']):,} {word}"
                       for split, word in (("train", "training"), ("val", "validation"), ("test", "test")))
     binary = sum(params[n].numel() for n in job.names)
@@ -632,7 +690,10 @@ def find_run(args):
     if args.resume and (saved.exists() or isinstance(args.resume, str)):
         if not saved.exists():
             raise ValueError(f"{folder}: no run to resume there (no last.pth)")
-        return folder, bcq.read_checkpoint(saved)
+        content = bcq.read_checkpoint(saved)
+        if not {"state", "config", "source"} <= content.keys():
+            raise ValueError(f"{saved}: a checkpoint, but not of a run to resume")
+        return folder, content
     if saved.exists() or (folder / "model.pth").exists():
         raise ValueError(
             f"{folder}: holds a run already; --resume continues it, another --out starts a new one")
@@ -642,20 +703,22 @@ def find_run(args):
 def resumed_args(args, saved):
     """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
     config = saved["config"]
-    for key in args.given.keys() & config.keys() - {"dataset"}:
-        if args.given[key] != config[key]:
-            raise ValueError(
-                f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {config[key]}")
+    own = {**config, "dataset": saved["source"]["dataset"], "paper": config["preset"] == "paper"}
+    for key in args.given.keys() & own.keys():
+        if args.given[key] not in (own[key], config.get(key)):
+            raise ValueError(f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {own[key]}")
     own = {k: config[k] for k in ("mode", "classes", "dtype")}
-    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads") if k in args.given}}
+    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads", "device")
+                                      if k in args.given}}
     return argparse.Namespace(**{**vars(args), **own, **source})
 
 
 def where(job):
     """What a run needs from its machine to go on bit for bit: where its data are, and the threads."""
-    dataset = job.args.dataset if job.data["name"] not in (*STATISTICS, "shapes") else job.data["name"]
-    own = {"dataset": str(Path(dataset).resolve()) if dataset != job.data["name"] else dataset}
-    return {**own, "data_dir": str(Path(job.args.data_dir).resolve()), "threads": torch.get_num_threads()}
+    built_in = job.args.dataset in (None, *STATISTICS, "shapes")
+    return {"dataset": job.dataset["name"] if built_in else str(Path(job.args.dataset).resolve()),
+            "data_dir": str(Path(job.args.data_dir).resolve()), "threads": torch.get_num_threads(),
+            "device": str(job.device)}
 
 
 def prepare_job(args, saved):
@@ -665,17 +728,17 @@ def prepare_job(args, saved):
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
     data = split_validation(data, config["val"], config["subset"], config["seed"])
     config = adapt_batch(config, len(data["train_y"]), "batch_size" in args.given)
-    if config["preset"] == "paper":
+    if config["zca"]:
         data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
     model, hyperparam = build_model(config)
     names = bcq.quantizable(model) if MODES[config["mode"]][0] else []
     init, update = optimizer(config, bcq.split(model)[0], names)
     job = argparse.Namespace(
-        args=args, device=device, config=config, data=to_device(data, device), model=model.to(device),
+        args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
         names=names, hyperparam=hyperparam, init=init, update=update,
         steps=len(data["train_y"]) // config["batch_size"],
         forward=bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply)
-    job.lr_at, job.step = schedule(config, config["epochs"] * job.steps), make_step(job)
+    job.lr_at, job.step = schedule(config, job.steps), make_step(job)
     return job
 
 
@@ -706,8 +769,11 @@ def train(args):
         print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with")
         return expect(args, done)
     job = prepare_job(args, saved)
-    run = to_device(saved["state"], job.device) if saved else fresh(job)
-    try_forward(job, run)
+    run = bcq.to_device(saved["state"], job.device) if saved else fresh(job)
+    net = argparse.Namespace(name=job.config["model"], model=job.model, forward=job.forward,
+                             params=run["params"], buffers=run["buffers"])
+    for train in (False, True):
+        check_network(net, prepare(job.dataset["train_x"][:2], job.dataset), job.config["classes"], train)
     describe(job, run)
     folder.mkdir(parents=True, exist_ok=True)
     keep = partial(save, folder / "last.pth", job, source=where(job))
@@ -716,33 +782,18 @@ def train(args):
         while run["epoch"] < job.config["epochs"] and not interrupted:
             start = time.perf_counter()
             run = train_epoch(job, run, interrupted)
-            if run["step"] == job.steps and run["epoch"] + 1 == job.config["epochs"]:
-                run = {**run, "buffers": recalibrated(job, run)}
-            if run["step"] == job.steps:
-                run = end_epoch(job, run)
-                write_lines(folder / "metrics.jsonl", run["history"])
+            check_last_update(job, run)
+            ended = run["step"] == job.steps
+            run = end_epoch(job, run) if ended else run
             run = {**run, "seconds": run["seconds"] + time.perf_counter() - start}
             keep(run, state=run)
-            if run["step"] == 0:
+            if ended:
+                write_lines(folder / "metrics.jsonl", run["history"])
                 print(epoch_line(job, run), flush=True)
-    if interrupted:
-        print(f"run.py: stopped, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
-        return 128 + interrupted[0]
-    return finish(job, run, folder)
-
-
-def try_forward(job, run):
-    """Raises ValueError, in one line, where the network does not map images to a logit for each class."""
-    x = prepare(job.data["test_x"][:2], job.data)
-    try:
-        with torch.no_grad():
-            shape = tuple(job.forward(job.model, run["params"], run["buffers"], x)[0].shape)
-    except Exception as error:  # whatever a user's network raises is the user's to read, in one line
-        raise ValueError(
-            f"--model {job.config['model']}: {type(error).__name__}: {one_line(error)}") from None
-    if shape != (2, job.config["classes"]):
-        raise ValueError(
-            f"--model {job.config['model']}: gives {shape} for 2 images of {job.config['classes']} classes")
+        if run["epoch"] == job.config["epochs"]:
+            return finish(job, run, folder)
+    print(f"run.py: stopped, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
+    return 128 + interrupted[0]
 
 
 def finish(job, run, folder):
@@ -750,7 +801,7 @@ def finish(job, run, folder):
     path, config = folder / "model.pth", job.config
     accuracies = {k: run["history"][-1].get(k) for k in ("train_accuracy", "val_accuracy")}
     save(path, job, run, accuracies=accuracies)
-    result = test(path, config["model"], job.data, job.device)
+    result = test(load_network(path, job.device, config["model"]), job.dataset)
     save(path, job, run, accuracies={**accuracies, "test_accuracy": result["accuracy"]})
     report(folder / "report.png", job, run)
     print(
@@ -759,15 +810,13 @@ def finish(job, run, folder):
         + (f"; distinct weights: {kinds(path)}" if job.names else ""))
     print(f"files      {path}, {folder / 'metrics.jsonl'}, {folder / 'report.png'}")
     record(job.args, "train", path, config, result["accuracy"], job.device, config["dtype"],
-           round(run["seconds"], 1), len(job.data["train_y"]))
+           round(run["seconds"], 1), len(job.dataset["train_y"]))
     return expect(job.args, result["accuracy"])
 
 
-def test(path, model_name, data, device, dtype=torch.float32):
-    """The metrics on the test images of the network in a file, in the dtype that it is stored in."""
-    model, params, buffers, _ = load_network(path, model_name)
-    params, buffers = to_device(params, device), to_device(buffers, device)
-    return bcq.evaluate(model.to(device), params, buffers, batches(data, "test"), bcq.in_dtype(dtype))
+def test(net, data):
+    """The metrics on the test images of a network that load_network gives, in the dtype of its file."""
+    return bcq.evaluate(net.model, net.params, net.buffers, batches(data, "test"), net.forward)
 
 
 def kinds(path):
@@ -785,55 +834,38 @@ def expect(args, accuracy):
     return 0
 
 
-def record(args, kind, path, config, accuracy, device, dtype, train_seconds, train_images):
+def record(args, kind, path, config, accuracy, device, dtype, train_seconds, train_images, **more):
     """Appends one JSON line to the file that --record names, and does nothing without it."""
     if not args.record:
         return
-    content = bcq.read_checkpoint(path)
-    model = builder(config["model"])(**content["hyperparam"])
-    layers = len(bcq.quantizable(model))
-    floats = [t for t in content["net"].values() if t.is_floating_point()]
+    net = load_network(path, "cpu", config["model"])
+    layers = [net.params[name] for name in bcq.quantizable(net.model)]
+    real = sum(len(w.unique()) > 2 for w in layers)
     line = {
-        "kind": kind,
-        "mode": config["mode"],
-        "dataset": config["dataset"],
-        "model": config["model"],
-        "preset": config["preset"],
-        "width": config["width"],
-        "epochs": config["epochs"],
-        "batch": config["batch_size"],
-        "seed": config["seed"],
-        "classes": config["classes"],
-        "train_images": train_images,
-        "val_images": config["val"],
-        "device": device.type,
-        "device_name": device_name(device),
-        "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "test_accuracy": accuracy,
-        "train_seconds": train_seconds,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "real_layers": layers - len(content["names"]),
-        "w_bits": 1 if content["names"] else 8 * min(t.element_size() for t in floats),
-        "a_bits": 8 * min(t.element_size() for t in floats),
-        "file_bytes": path.stat().st_size,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "command": command_line(),
-        "date": date.today().isoformat(),
-    }
+        "kind": kind, "mode": config["mode"], "dataset": config["dataset"], "model": config["model"],
+        "preset": config["preset"], "width": config["width"], "epochs": config["epochs"],
+        "batch": config["batch_size"], "seed": config["seed"], "classes": config["classes"],
+        "train_images": train_images, "val_images": config["val"], "device": device.type,
+        "device_name": device_name(device), "threads": torch.get_num_threads(), "dtype": dtype,
+        "test_accuracy": accuracy, "train_seconds": train_seconds,
+        "parameters": sum(p.numel() for p in net.params.values()), "real_layers": real,
+        "w_bits": 8 * max(w.element_size() for w in layers) if real else 1, "a_bits": 8 * net.dtype.itemsize,
+        "file_bytes": path.stat().st_size, **more, "torch": torch.__version__, "commit": commit(),
+        "command": command_line(args), "date": date.today().isoformat(), "config": config}
     Path(args.record).parent.mkdir(parents=True, exist_ok=True)
     with open(args.record, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def command_line():
-    """The command as typed, with DATA in place of the folder of the data and without other folders."""
-    words = list(sys.argv[1:])
-    for i, word in enumerate(words[:-1]):
-        if word in ("--data-dir", "--out", "--resume", "--checkpoint", "--record"):
-            words[i + 1] = "DATA" if word == "--data-dir" else Path(words[i + 1]).name
-    return " ".join(["python run.py", *words])
+def command_line(args):
+    """The command with DATA in place of the folder of the data and no other folder of this machine."""
+    words = ["python run.py"]
+    for key, value in args.given.items():
+        if key in ("out", "record", "resume", "images"):
+            continue
+        plain = "DATA" if key == "data_dir" else Path(str(value)).name if key != "lr" else str(value)
+        words.append(f"--{key.replace('_', '-')}" + ("" if value is True else f" {plain}"))
+    return " ".join(words)
 
 
 def write_lines(path, objects):
@@ -893,40 +925,31 @@ def report(path, job, run):
     plt.close(figure)
 
 
-def to_device(value, device):
-    """Nested dicts and lists (tuples become lists) with their tensors moved to the device."""
-    if torch.is_tensor(value):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return [to_device(v, device) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 # ------------------------------------------------------------------------------------------------------
 # The other modes
 # ------------------------------------------------------------------------------------------------------
 
 
-def checkpoint_data(args, meta, device):
-    """The data that a checkpoint was trained on, or that the flags name, prepared as in its training."""
-    dataset = args.given.get("dataset") or meta.get("dataset")
-    classes = args.classes or (len(meta["classes"]) if "classes" in meta else None)
-    data = load_data(dataset, args.data_dir, classes)
-    data |= {k: to_device(meta[k], device) for k in ("mean", "std", "zca") if k in meta}
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in data.items()}
+def checkpoint_data(args, net, device):
+    """The data that a network was trained on, or that the flags name, prepared as in its training."""
+    dataset = args.given.get("dataset") or net.meta.get("dataset", "cifar10")
+    if dataset not in (*STATISTICS, "shapes") and "dataset" not in args.given:
+        raise ValueError(f"{args.checkpoint}: was trained on {dataset}; say where with --dataset FOLDER")
+    classes = args.classes or (len(net.meta["classes"]) if "classes" in net.meta else None)
+    data = bcq.to_device(load_data(dataset, args.data_dir, classes), device)
+    data |= {k: net.meta[k] for k in ("mean", "std", "zca") if k in net.meta}
+    check_network(net, prepare(data["train_x"][:2], data), len(data["classes"]))
+    return data
 
 
 def evaluate_checkpoint(args):
     """--mode eval: the test accuracy of the network in a file: the exit status."""
     device, _ = choose_device(args)
-    model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
-    data = checkpoint_data(args, meta, device)
-    stored = next(p.dtype for p in params.values() if p.is_floating_point())
-    result = test(args.checkpoint, args.given.get("model"), data, device, stored)
-    print(
-        f"test       accuracy {result['accuracy']:.4f}, cross-entropy {result['loss']:.4f} on "
-        f"{result['images']:,} images of {data['name']}, {str(stored).removeprefix('torch.')}, {device}"
-    )
+    net = load_network(args.checkpoint, device, args.given.get("model"))
+    data = checkpoint_data(args, net, device)
+    result = test(net, data)
+    print(f"test       accuracy {result['accuracy']:.4f}, cross-entropy {result['loss']:.4f} on "
+          f"{result['images']:,} images of {data['name']}, {str(net.dtype).removeprefix('torch.')}, {device}")
     return expect(args, result["accuracy"])
 
 
@@ -936,43 +959,40 @@ def convert(args):
     if dtype is None:
         raise ValueError("--mode ptq needs --dtype fp16 or bf16")
     device, _ = choose_device(args)
-    model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
-    hyperparam = meta.get("hyperparam")
-    meta = {k: v for k, v in meta.items() if k not in ("bcq", "hyperparam", "latent", "state", "source")}
-    data = checkpoint_data(args, meta, device)
+    net = load_network(args.checkpoint, device, args.given.get("model"))
+    if args.record and "config" not in net.meta:
+        raise ValueError(f"{args.checkpoint}: does not say how it was trained: nothing to --record")
+    meta = {k: v for k, v in net.meta.items() if k not in ("bcq", "hyperparam", "latent", "state", "source")}
+    data = checkpoint_data(args, net, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
-    model_name = args.given.get("model") or meta["config"]["model"]
-    print(
-        f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   "
-        f"({device}, {torch.get_num_threads()} threads)"
-    )
+    print(f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   "
+          f"({device}, {torch.get_num_threads()} threads)")
+    rows = []
     for name, target in (("fp32", torch.float32), (args.dtype, dtype)):
         path = folder / f"{Path(args.checkpoint).stem}-{name}.pth"
-        net = bcq.state_dict(model, bcq.to_dtype(params, target), bcq.to_dtype(buffers, target))
-        bcq.save_checkpoint(path, net, hyperparam, **meta)
-        result = test(path, model_name, data, device, target)
-        single, many = (latency(path, model_name, data, device, target, n) for n in (1, 256))
-        print(
-            f"{name:10} {result['accuracy']:9.4f} {path.stat().st_size:12,} {1e3 * single:12.2f} "
-            f"{1e3 * many:15.1f}   {path}"
-        )
-    if "config" in meta:
-        record(args, "ptq", path, meta["config"], result["accuracy"], device, args.dtype, None,
-               meta["train_images"])
-    return expect(args, result["accuracy"])
+        tensors = [bcq.to_dtype(t, target) for t in (net.params, net.buffers)]
+        bcq.save_checkpoint(path, bcq.state_dict(net.model, *tensors), net.meta.get("hyperparam"), **meta)
+        written = load_network(path, device, net.name)
+        times = [latency(written, data, count) for count in (1, 256)]
+        rows.append((test(written, data)["accuracy"], path.stat().st_size, *times))
+        print(f"{name:10} {rows[-1][0]:9.4f} {rows[-1][1]:12,} {1e3 * times[0]:12.2f} "
+              f"{1e3 * times[1]:15.1f}   {path}")
+    if args.record:
+        before = zip(("fp32_accuracy", "fp32_file_bytes", "fp32_seconds_1", "fp32_seconds_256"), rows[0])
+        record(args, "ptq", path, meta["config"], rows[1][0], device, args.dtype, None, meta["train_images"],
+               seconds_1=rows[1][2], seconds_256=rows[1][3], **dict(before))
+    return expect(args, rows[1][0])
 
 
 @torch.no_grad()
-def latency(path, model_name, data, device, dtype, count):
+def latency(net, data, count):
     """The median time in seconds of a forward pass of count images, over 11 passes."""
-    model, params, buffers, _ = load_network(path, model_name)
-    params, buffers, model = to_device(params, device), to_device(buffers, device), model.to(device)
     x = prepare(data["test_x"][torch.arange(count) % len(data["test_x"])], data)
     times = []
     for _ in range(13):
         start = time.perf_counter()
-        bcq.in_dtype(dtype)(model, params, buffers, x)[0].sum().item()
+        net.forward(net.model, net.params, net.buffers, x)[0].sum().item()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
@@ -982,19 +1002,18 @@ def predict(args):
     if not args.images:
         raise ValueError("--mode predict needs image files")
     device, _ = choose_device(args)
-    model, params, buffers, meta = load_network(args.checkpoint, args.given.get("model"))
-    if "mean" not in meta:
-        raise ValueError(
-            f"{args.checkpoint}: does not say how its inputs are normalised; it is no checkpoint of run.py")
-    params, buffers, meta = to_device(params, device), to_device(buffers, device), to_device(meta, device)
+    net = load_network(args.checkpoint, device, args.given.get("model"))
+    if "mean" not in net.meta:
+        raise ValueError(f"{args.checkpoint}: does not say how its inputs are normalised")
     images = torch.stack([decode(path, resize=True) for path in args.images]).to(device)
-    stored = next(p.dtype for p in params.values() if p.is_floating_point())
+    classes = net.meta["classes"]
+    check_network(net, prepare(images, net.meta), len(classes))
     with torch.no_grad():
-        logits, _ = bcq.in_dtype(stored)(model.to(device), params, buffers, prepare(images, meta))
+        logits, _ = net.forward(net.model, net.params, net.buffers, prepare(images, net.meta))
     for path, probabilities in zip(args.images, logits.softmax(1)):
-        best = probabilities.topk(min(3, len(probabilities)))
-        print(f"{path}: " + ", ".join(f"{meta['classes'][i]} {p:.3f}"
-                                      for p, i in zip(best.values.tolist(), best.indices.tolist())))
+        best = probabilities.topk(min(3, len(classes)))
+        guesses = [f"{classes[i]} {p:.3f}" for p, i in zip(best.values.tolist(), best.indices.tolist())]
+        print(f"{path}: {', '.join(guesses)}")
     return 0
 
 
@@ -1014,8 +1033,8 @@ def number(kind, low, high=float("inf")):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high):
             limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(
                 f"{text}: not {'an integer' if kind is int else 'a number'} {limits}")
@@ -1032,12 +1051,13 @@ def subset(text):
 
 def parse_arguments(argv):
     """The arguments, with args.given: those that were typed."""
-    rows = "\n".join(f"  {name:9} {', '.join(f'{k} {v}' for k, v in row.items())}"
-                     for name, row in {"(all)": DEFAULTS, **PRESETS}.items() if row)
+    table = {"(all)": DEFAULTS, **{f"({k})": v for k, v in OPTIMIZERS.items()}, **PRESETS}
+    rows = "\n".join(f"  {name:13} {', '.join(f'{k} {v}' for k, v in row.items())}"
+                     for name, row in table.items())
     parser = argparse.ArgumentParser(
         prog="run.py", description="Trains, evaluates and converts 1-bit networks.", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"presets, later rows overriding earlier ones (by model, method, both):\n{rows}")
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"presets, later rows overriding earlier ones (by optimizer, model, method):\n{rows}")
 
     def complain(message):
         raise ValueError(message)
@@ -1045,12 +1065,12 @@ def parse_arguments(argv):
     parser.error = complain
     add = parser.add_argument
     preset_says = "default: the preset's"
-    add("--mode", choices=[*MODES, "ptq", "eval", "predict"], default="bc", help="what to do (default: bc)")
+    add("--mode", choices=[*MODES, "ptq", "eval", "predict"], help="what to do (default: bc)")
     add("--dataset",
         help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
-    add("--data-dir", default="data",
+    add("--data-dir",
         help="where CIFAR is, or is downloaded to; also a folder of images (default: data)")
-    add("--model", default="fast",
+    add("--model",
         help=f"{', '.join(models.MODELS)}, or FILE.py:NAME (default: fast; vgg_bc with --paper)")
     add("--width", type=number(float, 0.01),
         help="factor on the channels; for wrn the widening (default: the model's)")
@@ -1058,7 +1078,7 @@ def parse_arguments(argv):
     add("--batch-size", type=number(int, 1), help=preset_says)
     add("--lr", type=number(float, 0), help=f"peak learning rate ({preset_says})")
     add("--optimizer", choices=OPTIMIZERS, help=preset_says)
-    add("--seed", type=number(int, 0), default=0, help="default: 0")
+    add("--seed", type=number(int, 0), help="default: 0")
     add("--val", type=number(int, 0),
         help="training images held out for validation (default: 5000, or a tenth if that is less)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -1076,13 +1096,12 @@ def parse_arguments(argv):
     add("--record", nargs="?", const="results/records.jsonl",
         help="append the figures to a file (default: results/records.jsonl)")
     add("images", nargs="*", help="images for --mode predict")
-    args = parser.parse_args(argv)
-    args.given = {
-        k: v
-        for k, v in vars(args).items() if v not in (None, False) and v != parser.get_default(k)
-    }
-    if args.paper and "model" not in args.given:
-        args.model = "vgg_bc"
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v != []}
+    unset = dict.fromkeys(("dataset", "width", "val", "device", "threads", "out", "resume", "checkpoint",
+                           "dtype", "subset", "classes", "expect", "record", "images"))
+    own = {"mode": "bc", "model": "vgg_bc" if "paper" in given else "fast", "data_dir": "data", "seed": 0,
+           "paper": False}
+    args = argparse.Namespace(**{**unset, **own, **given, "given": given})
     if args.images and args.mode != "predict":
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files")
     if args.mode in MODES and args.dtype == "fp16":
@@ -1099,6 +1118,8 @@ def main(argv=None):
         return job(args)
     except (ValueError, OSError) as error:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
+    except RuntimeError as error:   # torch's: out of memory, a broken device
+        print(f"run.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("run.py: stopped", file=sys.stderr)
         return 130

@@ -20,7 +20,7 @@ def published():
     """The records of trained and converted networks, grouped: {row name: records}."""
     records = [json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]
     key = lambda r: list(ROWS).index((r["kind"], r["mode"]))
-    records = sorted((r for r in records if (r["kind"], r["mode"]) in ROWS), key=key)
+    records = sorted((r for r in records if (r["kind"], r.get("mode")) in ROWS), key=key)
     return {ROWS[list(ROWS)[i]]: list(group) for i, group in groupby(records, key)}
 
 

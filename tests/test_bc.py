@@ -8,6 +8,7 @@ from torch import nn
 
 import bcq
 import bcq as binaryconnect
+import models
 
 
 def weights_of(bc):
@@ -139,7 +140,7 @@ def test_a_nan_in_the_weights_is_an_error_before_anything_is_overwritten():
     assert torch.equal(bc.model.conv.weight, conv)
 
 
-def lab_loop(model, steps, update):
+def lab_loop(model, steps, update, batch=batch):
     """The lab sheet's loop; update(bc, step) moves the latent weights."""
     bc = binaryconnect.BC(model)
     bc.train()
@@ -154,7 +155,7 @@ def lab_loop(model, steps, update):
     return dict(bc.model.named_parameters())
 
 
-def functional_loop(model, steps, pair, lr):
+def functional_loop(model, steps, pair, lr, batch=batch):
     names = bcq.quantizable(model)
     params, buffers = bcq.split(model)
     state = pair[0](params)
@@ -211,8 +212,25 @@ def test_the_wrapper_of_a_checkpoint_made_from_bc_is_seen_through(tmp_path):
     assert set(params["conv.weight"].unique().tolist()) == {-1.0, 1.0}
 
 
-def test_a_linear_layer_inside_attention_is_binarized_with_the_rest():
+def test_the_linear_layer_inside_attention_is_binarized_with_the_rest():
     bc = binaryconnect.BC(nn.TransformerEncoderLayer(8, 2, 16))
+    assert "self_attn.out_proj.weight" in bc.names
     bc.binarization()
-    assert all(set(w.detach().unique().tolist()) <= {-1.0, 1.0} for w in bc.target_modules)
-    bc.restore()
+    assert set(bc.model.self_attn.out_proj.weight.detach().unique().tolist()) == {-1.0, 1.0}
+
+
+def test_clipping_before_restore_is_an_error_and_not_a_clip_of_the_signs():
+    bc = binaryconnect.BC(Small())
+    bc.binarization()
+    with pytest.raises(RuntimeError, match="before clip"):
+        bc.clip()
+
+
+def test_on_the_default_network_the_labs_loop_and_the_functional_step_give_bitwise_the_same_weights():
+    torch.manual_seed(1)
+    model = models.fast(width=0.125)
+    pair = bcq.sgd(0.9)
+    pictures = lambda seed: (batch(seed, 128)[0].view(8, 3, 32, 32), batch(seed, 8)[1])
+    expected = functional_loop(model, 30, pair, 0.01, pictures)
+    found = lab_loop(model, 30, toolkit_update(pair, 0.01), pictures)
+    assert same({k: p.detach() for k, p in found.items()}, expected)

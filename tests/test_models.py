@@ -1,7 +1,5 @@
 """The networks of models.py against published counts and shapes."""
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,11 +71,6 @@ def test_every_network_takes_classes_width_and_activation_and_gives_logits(name)
     assert bcq.apply(model, *bcq.split(model), torch.randn(2, 3, 32, 32))[0].shape == (2, 7)
     assert calls
     assert parameters(model) < parameters(build(classes=7, **{**small, "width": 2 * small["width"]}))
-
-
-@pytest.mark.parametrize("name", models.MODELS)
-def test_every_network_says_in_its_first_line_what_it_is(name):
-    assert inspect.getdoc(models.MODELS[name])
 
 
 def test_a_wideresnet_of_an_impossible_depth_is_an_error():

@@ -1,4 +1,4 @@
-"""The network as a function: section 3 of bcq.py, and evaluation and half precision, sections 6 and 7."""
+"""The network as a function, evaluation, lower precision: sections 3, 5 and 7 of bcq.py."""
 
 import copy
 
@@ -139,6 +139,30 @@ def test_recalibrate_gives_the_mean_over_batches_of_the_statistics_of_each_batch
     assert np.allclose(updated["norm.running_mean"], np.mean(means, 0), atol=1e-6)
     assert np.allclose(updated["norm.running_var"], np.mean(variances, 0), atol=1e-6)
     assert same(kept, buffers) and small.norm.momentum == 0.1
+    with pytest.raises(ValueError, match="no images"):
+        bcq.recalibrate(small, params, buffers, [])
+
+
+def test_recalibrate_touches_batch_norm_alone():
+    other = nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), other, nn.BatchNorm2d(4))
+    params, buffers = bcq.split(model)
+    buffers["1.running_var"] = torch.full((4,), 7.0)
+    updated = bcq.recalibrate(model, params, buffers, [batch(0)])
+    assert (updated["1.running_var"] > 6).all()
+    assert (updated["2.running_var"] != buffers["2.running_var"]).all()
+
+
+def test_a_forward_of_two_inputs_runs_in_half_and_in_mixed_precision():
+    model = Counter()
+    params, buffers = bcq.split(model)
+    x = (torch.randn(2, 3), torch.randn(2, 3))
+    exact, _ = bcq.apply(model, params, buffers, x)
+    mixed, _ = bcq.mixed_precision(torch.bfloat16)(model, params, buffers, x)
+    low = [bcq.to_dtype(tensors, torch.float16) for tensors in (params, buffers)]
+    half, _ = bcq.in_dtype(torch.float16)(model, *low, x)
+    torch.testing.assert_close(mixed, exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half, exact, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Pure optimizers against torch.optim's own, and the schedules: section 4 of bcq.py."""
+"""Pure optimizers against torch.optim's own, and the schedules: section 6 of bcq.py."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def test_sgd_takes_the_steps_of_torch_optim_sgd(options):
 def test_adam_takes_the_steps_of_torch_optim_adam():
     ours, theirs = run(bcq.adam(), lambda p, lr: torch.optim.Adam(p, lr), SHAPES)
     for k in SHAPES:
-        torch.testing.assert_close(ours[k], theirs[k], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -76,6 +76,8 @@ def test_muon_refuses_vectors_and_by_name_sends_them_elsewhere():
     params = {"w": torch.randn(4, 4), "bias": torch.randn(4)}
     with pytest.raises(ValueError, match="bias"):
         bcq.muon()[0](params)
+    with pytest.raises(KeyError, match="wrong"):
+        bcq.by_name(["wrong"], bcq.muon(), bcq.sgd())[0](params)
     init, update = bcq.by_name(["w"], bcq.muon(), bcq.sgd())
     deltas, _ = update(params, init(params), params, 0.1)
     assert torch.equal(deltas["bias"], -0.1 * params["bias"])

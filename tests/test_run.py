@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def test_the_record_holds_what_was_measured(trained):
     assert line["train_images"] == 300 and line["val_images"] == 50 and line["epochs"] == 2 and line[
         "batch"] == 50
     assert str(trained[0].parent) not in json.dumps(line)
+    assert line["config"]["lr"] == run.OPTIMIZERS["muon"]["lr"]
     meta = bcq.read_checkpoint(trained[0] / "model.pth")
     assert line["test_accuracy"] == meta["accuracies"]["test_accuracy"]
     assert line["file_bytes"] == (trained[0] / "model.pth").stat().st_size
@@ -141,14 +143,23 @@ def test_a_students_own_network_trains_from_its_file_and_is_read_back(tmp_path):
     ]
     result = call(*words)
     assert result.returncode == 0, result.stderr
-    assert "eval" and call("--mode", "eval", "--checkpoint", tmp_path / "out" / "model.pth").returncode == 0
+    assert call("--mode", "eval", "--checkpoint", tmp_path / "out" / "model.pth").returncode == 0
 
 
-def test_the_papers_recipe_whitens_trains_with_adam_and_square_hinge_and_does_not_augment():
+def test_the_papers_recipe_has_the_papers_numbers():
     name, settings = run.preset("bc", "vgg_bc", paper=True)
     assert name == "paper" and settings["epochs"] == 500 and settings["batch_size"] == 50
-    assert settings["lr"] == 3e-3 and run.PAPER_LR_END == 2e-6 and settings["optimizer"] == "adam-glorot"
-    assert settings["smoothing"] is None and not settings["flip"] and not settings["crop"]
+    assert settings["lr"] == 3e-3 and settings["lr_end"] == 2e-6 and settings["optimizer"] == "adam-glorot"
+    assert settings["loss"] == "square hinge" and settings["zca"] and settings["latents"] == "uniform"
+    assert not settings["flip"] and not settings["crop"]
+    lr_at = run.schedule(settings, 900)
+    assert lr_at(0) == lr_at(899) == 3e-3 and 2e-6 < lr_at(499 * 900) < 2.1e-6
+
+
+def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_any_preset():
+    assert run.preset("bc", "fast")[1]["lr"] == run.OPTIMIZERS["muon"]["lr"]
+    assert run.preset("bc", "fast", optimizer="adam")[1]["lr"] == run.OPTIMIZERS["adam"]["lr"]
+    assert run.preset("bc", "fast", optimizer="adam", lr=0.5)[1]["lr"] == 0.5
 
 
 def test_the_papers_recipe_runs(tmp_path):
@@ -217,13 +228,15 @@ def test_a_finished_run_is_not_overwritten_and_resuming_it_trains_no_more(traine
 def test_flags_that_contradict_the_run_to_resume_are_an_error(trained):
     assert_one_clear_line(call("--resume", trained[0], "--lr", "0.5"), "--lr 0.5", "has 0")
     assert_one_clear_line(call("--resume", trained[0].parent / "nothing"), "no run to resume")
+    assert_one_clear_line(call("--resume", trained[0], "--dataset", "cifar10"), "--dataset", "has shapes")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    result = call(*TINY, "--mode", "fp32", "--optimizer", "sgd", "--lr", "1e30", "--epochs", 1, "--out",
-                  tmp_path / "out")
-    assert_one_clear_line(result, "epoch 1, step", "not finite", "--lr")
-    assert bcq.read_checkpoint(tmp_path / "out" / "last.pth")
+    words = [*TINY, "--mode", "fp32", "--optimizer", "sgd", "--lr", "1e30", "--batch-size", "300"]
+    result = call(*words, "--epochs", 3, "--out", tmp_path / "out")
+    assert_one_clear_line(result, "epoch 1, after step 1", "not finite", "--lr")
+    net = bcq.read_checkpoint(tmp_path / "out" / "last.pth")["net"]
+    assert all(t.isfinite().all() and t.abs().max() < 1e3 for t in net.values())
 
 
 # --- the other modes ---
@@ -237,7 +250,9 @@ def test_ptq_shows_accuracy_size_and_latency_before_and_after(trained, tmp_path)
     assert abs(float(before[1]) - float(after[1])) < 0.01
     assert 0.4 < int(after[2].replace(",", "")) / int(before[2].replace(",", "")) < 0.75
     line = json.loads((tmp_path / "r.jsonl").read_text())
-    assert line["kind"] == "ptq" and line["mode"] == "bc" and line["a_bits"] == 16
+    assert line["kind"] == "ptq" and line["mode"] == "bc" and line["real_layers"] == 0
+    assert line["a_bits"] == 16
+    assert line["file_bytes"] < line["fp32_file_bytes"] and line["seconds_256"] > line["seconds_1"] > 0
     net = bcq.read_checkpoint(tmp_path / "model-fp16.pth")["net"]
     assert net["convs.0.weight"].dtype == torch.float16
 
@@ -370,6 +385,35 @@ def test_without_a_network_the_default_data_set_gives_way_to_shapes_in_one_line_
         run.load_data("cifar10", str(tmp_path))
 
 
+def test_a_folder_that_is_called_like_a_built_in_data_set_is_not_taken_for_it(tmp_path):
+    assert run.load_data(str(tree(tmp_path / "shapes", ["a", "b"])), "none")["name"] == "folder shapes"
+
+
+def test_a_command_is_recorded_without_the_folders_of_the_machine():
+    args = run.parse_arguments([
+        "--data-dir=/home/me/data", "--dataset", "/home/me/pets", "--out", "/x", "--lr", "0.1", "--record",
+        "--model", "/home/me/net.py:Net", "--paper"])
+    expected = "python run.py --dataset pets --data-dir DATA --model net.py:Net --lr 0.1 --paper"
+    assert sorted(run.command_line(args).split(" --")) == sorted(expected.split(" --"))
+
+
+def test_a_flag_that_is_typed_counts_even_with_a_value_like_none_or_the_default():
+    args = run.parse_arguments(["--lr", "0", "--paper", "--model", "fast"])
+    assert args.given == {"lr": 0.0, "paper": True, "model": "fast"} and args.model == "fast"
+    assert run.parse_arguments(["--paper"]).model == "vgg_bc"
+
+
+def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained, tmp_path):
+    content = bcq.read_checkpoint(trained[0] / "model.pth")
+    content["net"]["convs.0.weight"][0, 0, 0, 0] = 0.5
+    meta = {k: v for k, v in content.items() if k not in ("bcq", "net", "hyperparam")}
+    bcq.save_checkpoint(tmp_path / "m.pth", content["net"], content["hyperparam"], **meta)
+    args = run.parse_arguments(["--record", str(tmp_path / "r.jsonl")])
+    run.record(args, "train", tmp_path / "m.pth", content["config"], 0.5, torch.device("cpu"), "fp32", 1, 2)
+    line = json.loads((tmp_path / "r.jsonl").read_text())
+    assert line["real_layers"] == 1 and line["w_bits"] == 32
+
+
 # --- bad input: one clear line, exit 2, nothing lost ---
 
 
@@ -402,7 +446,8 @@ def test_without_a_network_the_default_data_set_gives_way_to_shapes_in_one_line_
         (["--resume"], "--resume"),
         (["--model", "nothing.py:Net", "--dataset", "shapes"], "nothing.py"),
         (["--expect", "90"], "--expect"),
-        (["--threads", "0"], "--threads"),
+        (["--threads", "0"], "--threads"), (["--width", "inf"], "--width"), (["--device", "meta"], "meta"),
+    (["--model", "run.py:SHAPES", "--dataset", "shapes"], "run.py"),
     ],
 )
 def test_impossible_words_are_answered_in_one_line(words, part, tmp_path, monkeypatch, capsys):
@@ -454,17 +499,30 @@ def test_a_folder_that_cannot_be_written_is_answered_in_one_line(tmp_path):
     assert_one_clear_line(call(*TINY, "--out", tmp_path / "file" / "run"), "file")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_answered_in_one_line_and_the_last_checkpoint_is_kept(trained, monkeypatch, capsys,
-                                                                             tmp_path):
-    before = (trained[0] / "model.pth").read_bytes()
+def test_a_full_disk_is_answered_in_one_line_and_the_run_goes_on_from_the_last_checkpoint(
+        tmp_path, monkeypatch, capsys):
+    words, saves, replace = [*TINY, "--epochs", "3"], [], os.replace
+    assert run.main([*words, "--out", str(tmp_path / "whole")]) == 0
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fills(source, target):
+        saves.append(target)
+        if len(saves) > 3:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", full)
-    assert run.main(["--mode", "ptq", "--dtype", "fp16", "--checkpoint", str(trained[0] / "model.pth")]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fills)
+        assert run.main([*words, "--out", str(tmp_path / "full")]) == 2
     err = capsys.readouterr().err
     assert "No space left" in err and len(err.splitlines()) == 1
-    assert (trained[0] / "model.pth").read_bytes() == before
-    assert not list(trained[0].glob("*.tmp"))
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    assert run.main(["--resume", str(tmp_path / "full")]) == 0
+    assert same(uninterrupted(tmp_path / "full"), uninterrupted(tmp_path / "whole"))
+
+
+def test_what_a_kill_during_a_save_leaves_behind_does_not_matter(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "model.pth").unlink()
+    (tmp_path / "run" / "last.pth.tmp").write_bytes((trained[0] / "last.pth").read_bytes()[:1000])
+    assert call("--resume", tmp_path / "run").returncode == 0
+    assert same(uninterrupted(tmp_path / "run"), uninterrupted(trained[0]))

@@ -1,4 +1,4 @@
-"""The training step as Algorithm 1 of the paper, and what can go wrong in a loop: section 5 of bcq.py."""
+"""The training step as Algorithm 1 of the paper, and what can go wrong in a loop: section 4 of bcq.py."""
 
 import copy
 
@@ -75,6 +75,15 @@ def test_the_step_writes_into_none_of_its_arguments_and_repeats_itself_exactly(s
     first, second = step(*arguments), step(*arguments)
     assert same(kept, arguments) and same(module, dict(small.state_dict()))
     assert same(first, second)
+
+
+def test_the_state_of_a_training_carries_no_graph_even_if_it_starts_at_the_modules_tensors(small):
+    pair = bcq.sgd(0.9)
+    step = bcq.make_train_step(small, bcq.quantizable(small), bcq.binarize, pair[1], bcq.cross_entropy())
+    params = dict(small.named_parameters())
+    buffers, state = dict(small.named_buffers()), pair[0](params)
+    params, buffers, state, metrics = step(params, buffers, state, batch(0), 0.1)
+    assert not any(t.requires_grad for d in (params, buffers, state, metrics) for t in d.values())
 
 
 def test_the_step_draws_no_hidden_random_numbers(small):
