@@ -45,7 +45,7 @@ PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr_scale={"stem.weight": 0.0}, smoothing=0.2,
                  crop=3, recalibrate=5000),
     "bc": dict(weight_decay=0.0),
-    "fast bc-stochastic": dict(lr=2.0),   # probabilities away from one half need latents near the bound
+    "fast bc-stochastic": dict(lr=2.0, rest_lr=0.375),   # latents near the bound: clear probabilities
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", schedule="exponential", lr_end=2e-6,
                   loss="square hinge", latents="uniform", flip=False, crop=0, zca=True),
 }
@@ -576,8 +576,8 @@ def end_epoch(job, run):
         "train_loss": statistics.fmean(run["losses"]), "train_accuracy": statistics.fmean(run["accuracies"])
     }
     if len(job.dataset["val_y"]):
-        score = lambda params: bcq.evaluate(job.model, params, run["buffers"], batches(job.dataset, "val"), job.
-                                            forward)
+        score = lambda params: bcq.evaluate(job.model, params, run["buffers"], batches(job.dataset, "val"),
+                                            job.forward)
         result = score(deployed(run["params"], job))
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
         line |= {"val_accuracy_latent": score(run["params"])["accuracy"]} if job.names else {}
