@@ -16,9 +16,8 @@ ROWS = {("train", "fp32"): "fp32", ("ptq", "fp32"): "fp16, the fp32 network conv
         ("train", "bc"): "**bc**", ("train", "bc-stochastic"): "bc-stochastic, deployed as sign(w)"}
 
 
-def published():
+def published(records):
     """The records of trained and converted networks, grouped: {row name: records}."""
-    records = [json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]
     key = lambda r: list(ROWS).index((r["kind"], r["mode"]))
     records = sorted((r for r in records if (r["kind"], r.get("mode")) in ROWS), key=key)
     return {ROWS[list(ROWS)[i]]: list(group) for i, group in groupby(records, key)}
@@ -65,6 +64,22 @@ def conditions(groups):
     ]
 
 
+def steps(records):
+    """The table of the time and memory of a training step, as Markdown; empty without records."""
+    rows = [r for r in records if r["kind"] == "step"]
+    if not rows:
+        return []
+    lines = ["", "| a training step | s | over plain | peak memory, MB | over plain |", "|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r['method']} | {r['seconds']:.3f} | {r['time_over_plain']:.3f} | "
+                     f"{r['peak_bytes'] / 1e6:,.0f} | {r['memory_over_plain']:.3f} |")
+    r = rows[0]
+    return [*lines, "", f"`{r['model']}`, batch {r['batch']}, {r['device_name']}, {r['threads']} threads, "
+            f"{r['dtype']}, eager, SGD, medians of {r['rounds']} rounds, each method in its own process; plain is "
+            f"an ordinary loop with torch.optim; commit {r['commit']}, {r['date']}. Command:", "",
+            f"    {r['command']}"]
+
+
 def figure(groups):
     """A dot for each network trained, and the paper's figure."""
     _, axes = plt.subplots(figsize=(7.5, 3), layout="constrained")
@@ -87,13 +102,16 @@ def figure(groups):
 
 
 def main():
-    groups = published()
+    """Rewrites the part of the README between the two marks, and the figure."""
+    records = [json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]
+    groups = published(records)
     figure(groups)
     readme = HERE.parent / "README.md"
     start, end = "<!-- results: made by python results/tables.py, do not edit -->", "<!-- end of results -->"
     before, rest = readme.read_text().split(start)
     _, after = rest.split(end)
-    readme.write_text("\n".join([before + start, *table(groups), "", *conditions(groups), end]) + after)
+    made = [*table(groups), "", *conditions(groups), *steps(records)]
+    readme.write_text("\n".join([before + start, *made, end]) + after)
 
 
 if __name__ == "__main__":
