@@ -69,13 +69,14 @@ def steps(records):
     rows = [r for r in records if r["kind"] == "step"]
     if not rows:
         return []
-    lines = ["", "| a training step | s | over plain | peak memory, MB | over plain |", "|---|---|---|---|---|"]
+    lines = ["", "| a training step | s | over plain | peak memory, MB | over plain |",
+             "|---|---|---|---|---|"]
     for r in rows:
         lines.append(f"| {r['method']} | {r['seconds']:.3f} | {r['time_over_plain']:.3f} | "
                      f"{r['peak_bytes'] / 1e6:,.0f} | {r['memory_over_plain']:.3f} |")
     r = rows[0]
     return [*lines, "", f"`{r['model']}`, batch {r['batch']}, {r['device_name']}, {r['threads']} threads, "
-            f"{r['dtype']}, eager, SGD, medians of {r['rounds']} rounds, each method in its own process; plain is "
+            f"{r['dtype']}, eager, SGD, medians of {r['rounds']} rounds, each in its own process; plain is "
             f"an ordinary loop with torch.optim; commit {r['commit']}, {r['date']}. Command:", "",
             f"    {r['command']}"]
 
