@@ -391,9 +391,9 @@ def test_a_folder_that_is_called_like_a_built_in_data_set_is_not_taken_for_it(tm
 
 def test_a_command_is_recorded_without_the_folders_of_the_machine():
     args = run.parse_arguments([
-        "--data-dir=/disk/mine/data", "--dataset", "/disk/mine/pets", "--out", "/x", "--lr", "0.1", "--record",
+        "--data-dir=/disk/mine/data", "--dataset", "/disk/mine/p", "--out", "/x", "--lr", "0.1", "--record",
         "--model", "/disk/mine/net.py:Net", "--paper"])
-    expected = "python run.py --dataset pets --data-dir DATA --model net.py:Net --lr 0.1 --paper"
+    expected = "python run.py --dataset p --data-dir DATA --model net.py:Net --lr 0.1 --paper"
     assert sorted(run.command_line(args).split(" --")) == sorted(expected.split(" --"))
 
 
