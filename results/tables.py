@@ -112,7 +112,7 @@ def main():
     before, rest = readme.read_text().split(start)
     _, after = rest.split(end)
     made = [*table(groups), "", *conditions(groups), *steps(records)]
-    readme.write_text("\n".join([before + start, *made, end]) + after)
+    readme.write_text("\n".join([before + start, "", *made, "", end]) + after)
 
 
 if __name__ == "__main__":
