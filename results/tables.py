@@ -92,7 +92,7 @@ def figure(groups):
                       xytext=(8, -4))
     axes.axvline(100 * PAPER, color="gray", linestyle="--")
     axes.annotate("BinaryConnect as published, 90.10", (100 * PAPER, -0.75), textcoords="offset points",
-                  xytext=(4, 0), color="gray")
+                  ha="right", xytext=(-4, 0), color="gray")
     axes.set_yticks(range(len(groups)), [name.strip("*") for name in groups])
     axes.set_ylim(len(groups) - 0.5, -1)
     low, high = axes.get_xlim()
