@@ -302,7 +302,7 @@ def fit_zca(x, bias=0.1):
     """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean,
     matrix).
 
-    x: uint8 (n, c, h, w). To be applied by whiten. Source: arXiv:1511.00363, section 3.3; bias as in
+    x: uint8 (n, c, h, w). To be applied by prepare. Source: arXiv:1511.00363, section 3.2; bias as in
     pylearn2.
     """
     flat = contrast(x)
