@@ -6,78 +6,89 @@ Training is one pure function that returns what it changed:
 
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
-Read from top to bottom: 1 quantizers, 2 straight-through and maps over the dict, 3 the network as a
-function, 4 the training step, 5 evaluation, 6 optimizers and schedules, 7 lower precision, 8 checkpoints,
-9 the lab's class.
-
 Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
 of yours draws its own). Unless said otherwise a dict maps names, as in model.named_parameters(), to tensors.
-
-BinaryConnect: Courbariaux, Bengio, David, "BinaryConnect: Training Deep Neural Networks with binary weights
-during propagations", 2015, arXiv:1511.00363, called "the paper" below.
+"The paper" is BinaryConnect: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Networks
+with binary weights during propagations", arXiv:1511.00363.
 """
+import functools
 import hashlib
 import io
 import os
 import struct
 from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
-# ------------------------------------------------------------------------------------------------------
-# 1. Quantizers: tensor -> tensor of the same shape and dtype
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- 1. Quantizers: tensor -> tensor of the same shape and dtype ----
 def _no_nan(w):
     """w itself. Raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through as one."""
     if not torch.compiler.is_compiling() and w.isnan().any():
         raise ValueError("NaN in the weights: it has no sign (is the learning rate too high?)")
     return w
 
-
 def binarize(w):
     """The sign of each weight, +1 where w >= 0 and -1 elsewhere; sign(0) = +1, so there is no third value.
-
-    w: float tensor of any shape. Raises ValueError at a NaN. Source: the paper, section 2.2, eq. 1.
-    """
+    w: float tensor of any shape. Raises ValueError at a NaN. Source: the paper, section 2.2, eq. 1."""
     return torch.where(_no_nan(w) >= 0, 1.0, torch.where(w < 0, -1.0, w)).to(w.dtype)
-
 
 def binarize_stochastic(w, u):
     """+1 with probability clip((w + 1) / 2, 0, 1), the hard sigmoid of w, and -1 otherwise.
-
     w: float tensor of any shape; u: the same shape, uniform in [0, 1), drawn by the caller (see draw_noise).
-    Raises ValueError at a NaN. Source: the paper, section 2.2, eq. 2 and 3.
-    """
+    Raises ValueError at a NaN. Source: the paper, section 2.2, eq. 2 and 3."""
     probability = ((_no_nan(w) + 1) / 2).clamp(0, 1)
     return torch.where(u < probability, 1.0, torch.where(u >= probability, -1.0, w)).to(w.dtype)
 
+def _by_filter(vector, ndim):
+    """A vector (out,) as it multiplies a weight of so many dimensions."""
+    return vector.view(-1, *[1] * (ndim - 1))
 
-# ------------------------------------------------------------------------------------------------------
-# 2. Straight-through, and maps over the dict
-# ------------------------------------------------------------------------------------------------------
+def binarize_scaled(w):
+    """alpha * sign(w), alpha the mean of abs(w) over each output filter: BWN, and the weights of XNOR-Net.
+    w: float tensor (out, ...). Source: Rastegari et al. 2016, arXiv:1603.05279, section 3.1."""
+    return binarize(w) * _by_filter(w.abs().flatten(1).mean(1), w.ndim)
 
+def binarize_he(w):
+    """sqrt(2 / fan_in) * sign(w), a scale that is known before training: w float (out, ...).
+    Source: McDonnell 2018, arXiv:1802.08530, section 3."""
+    return binarize(w) * (2 / w[0].numel()) ** 0.5
 
+def ternarize(w):
+    """alpha * {-1, 0, +1}: 0 where abs(w) <= 0.7 mean abs(w), alpha the mean of abs(w) over the others.
+    w: float tensor of any shape, with one alpha. Source: TWN, Li et al. 2016, arXiv:1605.04711, section 2."""
+    kept = w.abs() > 0.7 * _no_nan(w).abs().mean()
+    alpha = (w.abs() * kept).sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, alpha * binarize(w), 0.0)
+
+def masked(quantizer, mask):
+    """The quantizer with 0 wherever mask (bool, like the weight) is False: pruned weights stay zeros."""
+    return lambda w, *more: torch.where(mask, quantizer(w, *more), 0.0)
+
+def prune(params, names, share):
+    """The masks {name: bool} that keep all but that share, 0 to 1, of the weights smallest in magnitude.
+    The weights in names are compared with one another, over all layers. Pass {name: masked(quantizer, mask)}
+    as the quantizer, to train with them. Source: Han et al. 2015, arXiv:1506.02626, section 3."""
+    magnitudes = torch.cat([params[name].abs().flatten() for name in names]).sort().values
+    count = round(share * len(magnitudes))
+    threshold = magnitudes[count - 1] if count else -1.0
+    return {name: params[name].abs() > threshold for name in names}
+
+# ---- 2. Straight-through, and maps over the dict ----
 def straight_through(w, q):
     """Exactly q in the forward pass; in the backward pass the gradient goes to w as if q were w.
-
     w, q: float tensors of one shape; w finite. The order of the operations matters: q + (w - w) is q to the
-    last bit, which w + (q - w) is not. Source: the paper, Algorithm 1 (the gradient at wb is applied to w).
-    """
+    last bit, which w + (q - w) is not. Source: the paper, Algorithm 1."""
     return q.detach() + (w - w.detach())
-
 
 def quantizable(model, first=True, last=True):
     """The names of the weights of all Conv2d and Linear modules, a list in the order of their definition.
-
     first=False, last=False leave that layer's weight out, to stay real. A weight shared by several modules is
     named once, as in model.named_parameters(). Raises ValueError if the model has no such layer, or one whose
-    weight is no parameter but computed from others (weight_norm and the like).
-    """
+    weight is no parameter but computed from others (weight_norm and the like)."""
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     computed = [name for name, m in layers.items() if id(m.weight) not in canonical]
@@ -87,7 +98,6 @@ def quantizable(model, first=True, last=True):
     names = list(dict.fromkeys(canonical[id(m.weight)] for m in layers.values()))
     return names[0 if first else 1:len(names) if last else -1]
 
-
 def _known(params, names):
     """The names as a set. Raises KeyError for those that are not in params."""
     names = set(names)
@@ -95,60 +105,48 @@ def _known(params, names):
         raise KeyError(f"no such parameter: {', '.join(sorted(names - params.keys()))}")
     return names
 
-
 def quantize_params(params, names, quantizer, noise=None):
     """The params with quantizer(w) in place of each w in names: the weights that the network computes with.
-
-    noise: for a stochastic quantizer a dict of tensors, passed as quantizer(w, noise[name]). The gradient
-    passes straight through to the params given. Raises KeyError for a name that is not in params.
-    """
-    draw = {name: () if noise is None else (noise[name],) for name in _known(params, names)}
-    return {k: straight_through(w, quantizer(w, *draw[k])) if k in draw else w for k, w in params.items()}
-
+    quantizer: a function, or a dict {name: function}. noise: for a stochastic quantizer a dict of tensors,
+    passed as quantizer(w, noise[name]). The gradient passes straight through to the params given; but where
+    params has a learned step, an entry "NAME:step", quantizer(w, step) brings its own gradient (see lsq).
+    Raises KeyError for a name that is not in params."""
+    names = _known(params, names)
+    def quantized(name, w):
+        function = quantizer[name] if isinstance(quantizer, dict) else quantizer
+        if f"{name}:step" in params:
+            return function(w, params[f"{name}:step"])
+        return straight_through(w, function(w) if noise is None else function(w, noise[name]))
+    return {k: quantized(k, w) if k in names else w for k, w in params.items()}
 
 def clip_params(params, names, bound=1.0):
     """The params with those in names clipped to [-bound, bound]: never batch norm, never biases.
-
     A latent weight beyond the bound would no longer move the sign. Raises KeyError for an unknown name.
-    Source: the paper, section 2.4.
-    """
+    Source: the paper, section 2.4."""
     names = _known(params, names)
     return {k: w.clamp(-bound, bound) if k in names else w for k, w in params.items()}
 
-
 def draw_noise(params, names, generator):
     """Uniform numbers in [0, 1) for binarize_stochastic: {name: tensor like params[name]}.
-
-    generator: a torch.Generator on the params' device, the only argument in this file that a call advances.
-    """
+    generator: a torch.Generator on the params' device, which this call advances."""
     names = _known(params, names)
-    draw = lambda w: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
-    return {name: draw(w) for name, w in params.items() if name in names}
+    return {name: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
+            for name, w in params.items() if name in names}
 
-
-# ------------------------------------------------------------------------------------------------------
-# 3. The network as a function
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- 3. The network as a function ----
 def split(model):
     """The model's parameters and its buffers as two dicts of detached copies: (params, buffers).
-
-    A tied weight stands once, under its first name. Parameters the model froze are in params like the others.
-    """
+    A tied weight stands once, under its first name. Frozen parameters are in params too."""
     copy = lambda named: {name: t.detach().clone() for name, t in named}
     return copy(model.named_parameters()), copy(model.named_buffers())
 
-
 def apply(model, params, buffers, x, train=False):
     """The model's output for x, computed with these params and buffers: (logits, new buffers).
-
     x: what the model's forward takes (a tuple is taken as several arguments). train: as model.train(train);
     the batch-norm statistics that a training pass updates are in the buffers returned, never in those given.
-    The model itself is left as it was. Raises RuntimeError if a tensor of the model is missing from the
-    dicts: torch would silently compute with the module's own.
-    """
-    tensors = {**params, **{k: b.clone() for k, b in buffers.items()}}
+    Entries with a colon, such as learned steps, are not the model's. It is left as it was. Raises
+    RuntimeError if one of its tensors is missing: torch would silently compute with the module's own."""
+    tensors = {k: w for k, w in params.items() if ":" not in k} | {k: b.clone() for k, b in buffers.items()}
     modes = [(module, module.training) for module in model.modules()]
     model.train(train)
     try:
@@ -158,66 +156,44 @@ def apply(model, params, buffers, x, train=False):
             module.training = mode
     return logits, {k: tensors[k].detach() for k in buffers}
 
-
-# ------------------------------------------------------------------------------------------------------
-# 4. The training step
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- 4. The training step ----
 def cross_entropy(smoothing=0.0):
-    """loss(logits, labels): the mean label-smoothed cross-entropy; logits (n, classes), labels int64 (n,)."""
+    """loss(logits (n, classes), labels, int64 (n,) or float (n, classes)): the mean cross-entropy."""
     return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
-
 
 def square_hinge(logits, labels):
     """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
-
-    logits: float (n, classes); labels: int64 (n,). Source: the paper, section 3, after Tang 2013,
-    arXiv:1306.0239.
-    """
-    target = 2.0 * F.one_hot(labels, logits.shape[1]) - 1
+    logits: float (n, classes); labels as in cross_entropy. Source: the paper, section 3 (Tang 2013)."""
+    target = 2.0 * (F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels) - 1
     return (1 - target * logits).clamp(min=0).square().mean()
-
 
 def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply):
     """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
-
     The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and
-    accuracy (0 to 1) of the batch as tensors without dimensions. batch is (x, labels). An ordinary network is
-    the case of no names. All params are trained: to freeze some, give them steps of 0 (scale_lr). Source: the
-    paper, Algorithm 1.
-    """
+    accuracy (0 to 1) of the batch as tensors without dimensions. batch is (x, labels), labels int64 (n,), or
+    float (n, classes) where they are probabilities (a teacher's, or of mixed images). An ordinary network is
+    the case of no names. All params are trained, save with steps of 0 (scale_lr). Source: Algorithm 1."""
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
         params = {k: w.detach() for k, w in params.items()}
         latent = {k: w.detach().requires_grad_() for k, w in params.items()}
-
         weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
         logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
         cost = loss(logits, labels)
         grads = torch.autograd.grad(cost, list(latent.values()), allow_unused=True, materialize_grads=True)
         deltas, opt_state = update(dict(zip(latent, grads)), opt_state, params, lr)   # dC/dwb moves w
         params = clip({k: w + deltas[k] for k, w in params.items()}, names)      # w = clip(w + delta, -1, 1)
-
-        accuracy = (logits.detach().argmax(1) == labels).float().mean()
+        truth = labels if labels.ndim == 1 else labels.argmax(1)
+        accuracy = (logits.detach().argmax(1) == truth).float().mean()
         return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
-
     return step
 
-
-# ------------------------------------------------------------------------------------------------------
-# 5. Evaluation, and what to look at in a 1-bit training
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- 5. Evaluation, and what to look at in a 1-bit training ----
 @torch.no_grad()
 def evaluate(model, params, buffers, batches, forward=apply):
     """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
-
-    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, and the latent
-    ones only as a diagnostic, since batch norm belongs to the binary weights. batches: pairs (x, labels).
-    Raises ValueError if there are none.
-    """
+    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, to which batch
+    norm belongs. batches: pairs (x, labels). Raises ValueError if there are none."""
     correct = loss = images = 0
     for x, labels in batches:
         logits, _ = forward(model, params, buffers, x)
@@ -228,70 +204,54 @@ def evaluate(model, params, buffers, batches, forward=apply):
         raise ValueError("no images to evaluate on")
     return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
 
+def _norms(model):
+    """The batch norms of a model that keep statistics: {name: module}."""
+    return {k: m for k, m in model.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None}
 
 def recalibrate(model, params, buffers, batches, forward=apply):
     """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
-
     Training leaves moving averages over steps in which other signs were in force. Pass training images, not
-    test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576.
-    """
-    norms = {k: m for k, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    momenta = {k: m.momentum for k, m in norms.items()}
-    counts = {f"{k}.num_batches_tracked" for k in norms}
-    updated = {k: torch.zeros_like(b) if k in counts else b for k, b in buffers.items()}
-    images = 0
-    try:
-        for m in norms.values():
-            m.momentum = None   # a plain average over the batches, which forgets what was there before
-        for x, labels in batches:
-            images += len(labels)
-            with torch.no_grad():
-                _, updated = forward(model, params, updated, x, train=True)
-    finally:
-        for k, m in norms.items():
-            m.momentum = momenta[k]
-    if not images:
+    test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576."""
+    statistics = {f"{k}.{name}": m.momentum or 1.0 for k, m in _norms(model).items() if m.momentum != 0
+                  for name in ("running_mean", "running_var")}
+    # what a training pass leaves of blank statistics is the batch's, times the momentum
+    blank = {k: b if b.ndim and k not in statistics else torch.zeros_like(b) for k, b in buffers.items()}
+    seen = []
+    for x, _ in batches:
+        with torch.no_grad():
+            _, after = forward(model, params, blank, x, train=True)
+        seen.append({k: after[k] / momentum for k, momentum in statistics.items()})
+    if not seen:
         raise ValueError("no images to recalibrate on")
-    return updated
-
+    return {**buffers, **{k: torch.stack([s[k] for s in seen]).mean(0) for k in statistics}}
 
 def saturation(params, names, bound=1.0):
     """The share, 0 to 1, of latent weights that sit at +-bound, over all the tensors in names."""
     return sum((params[n].abs() >= bound).sum().item() for n in names) / sum(params[n].numel() for n in names)
-
 
 def flips(before, after, names):
     """The share, 0 to 1, of signs that differ between two dicts of latent weights, over those in names."""
     changed = sum(((before[n] >= 0) != (after[n] >= 0)).sum().item() for n in names)
     return changed / sum(after[n].numel() for n in names)
 
-
-# ------------------------------------------------------------------------------------------------------
-# 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
-#    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
+#    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules ----
 def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
     """Stochastic gradient descent with momentum. Source: Sutskever et al. 2013, as torch.optim.SGD has it."""
-    def init(params):
-        return {k: torch.zeros_like(p) for k, p in params.items()}
-
+    init = lambda params: {k: torch.zeros_like(p) for k, p in params.items()}
     def update(grads, state, params, lr):
         grads = {k: g + weight_decay * params[k] for k, g in grads.items()} if weight_decay else grads
         state = {k: momentum * state[k] + g for k, g in grads.items()}
         ahead = {k: g + momentum * state[k] for k, g in grads.items()} if nesterov else state
         return {k: -lr * d for k, d in ahead.items()}, state
-
     return init, update
-
 
 def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam. Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1."""
     def init(params):
         zeros = lambda: {k: torch.zeros_like(p) for k, p in params.items()}
         return {"step": torch.zeros((), dtype=torch.float64), "mean": zeros(), "square": zeros()}
-
     def update(grads, state, params, lr):
         step = state["step"] + 1
         mean = {k: beta1 * state["mean"][k] + (1 - beta1) * g for k, g in grads.items()}
@@ -299,16 +259,12 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
         rate, correction = lr / (1 - beta1 ** step), 1 - beta2 ** step
         deltas = {k: -rate * mean[k] / ((square[k] / correction).sqrt() + eps) for k in grads}
         return deltas, {"step": step, "mean": mean, "square": square}
-
     return init, update
-
 
 def orthogonalize(g, steps=5):
     """g with its singular vectors kept and its singular values, but for tiny ones, brought near 1.
-
     g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype. Computed in
-    bfloat16 by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon", and torch.optim.Muon.
-    """
+    bfloat16 by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon"."""
     x = g.flatten(1).bfloat16()
     wide = x if x.shape[0] <= x.shape[1] else x.T
     x = wide / wide.norm().clamp(min=1e-7)
@@ -317,86 +273,61 @@ def orthogonalize(g, steps=5):
         x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x if wide.shape == g.flatten(1).shape else x.T).reshape(g.shape).to(g.dtype)
 
-
 def muon(momentum=0.95, nesterov=True, steps=5):
     """Muon: momentum whose matrix is orthogonalized; convolutions as out x (in * k * k).
-
     Rectangular matrices are scaled by sqrt(max(1, rows / columns)). init raises ValueError for a tensor of
-    fewer than two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024;
-    torch.optim.Muon, decay 0.
-    """
+    fewer than two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024."""
     def init(params):
         flat = [k for k, p in params.items() if p.ndim < 2]
         if flat:
             raise ValueError(f"muon takes matrices and convolutions, not {', '.join(flat)}")
         return {k: torch.zeros_like(p) for k, p in params.items()}
-
     def update(grads, state, params, lr):
         state = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()}
         ahead = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()} if nesterov else state
         scale = {k: max(1, d.shape[0] / d[0].numel()) ** 0.5 for k, d in ahead.items()}
         return {k: -lr * scale[k] * orthogonalize(d, steps) for k, d in ahead.items()}, state
-
     return init, update
-
 
 def by_name(names, optimizer, rest):
     """The optimizer that uses one (init, update) pair on the parameters in names and another on the rest.
-
-    init raises KeyError for a name that is not in params.
-    """
+    init raises KeyError for a name that is not in params."""
     names, pairs = set(names), (optimizer, rest)
     parts = lambda d: [{k: v for k, v in d.items() if (k in names) == inside} for inside in (True, False)]
-
     def init(params):
         _known(params, names)
         return [pair[0](part) for pair, part in zip(pairs, parts(params))]
-
     def update(grads, state, params, lr):
         (a, first), (b, second) = [pair[1](g, s, p, lr) for pair, g, s, p in
                                    zip(pairs, parts(grads), state, parts(params))]
         return {k: {**a, **b}[k] for k in grads}, [first, second]
-
     return init, update
-
 
 def scale_lr(optimizer, scale):
     """The optimizer with its steps multiplied: by one number, or by scale[name] where scale has the name."""
     init, update = optimizer
-
     def scaled(grads, state, params, lr):
         deltas, state = update(grads, state, params, lr)
-        factor = (lambda k: scale.get(k, 1.0)) if isinstance(scale, dict) else (lambda k: scale)
-        return {k: factor(k) * d for k, d in deltas.items()}, state
-
+        factors = scale if isinstance(scale, dict) else dict.fromkeys(deltas, scale)
+        return {k: factors.get(k, 1.0) * d for k, d in deltas.items()}, state
     return init, scaled
-
 
 def glorot_scale(params, names, power=1):
     """The paper's learning-rate scale of each weight: {name: (1 / sqrt(1.5 / (fan_in + fan_out))) ** power}.
-
     power 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper, section 2.5;
-    the coefficient is Glorot and Bengio's (2010), by which the authors' code divides.
-    """
+    the coefficient is Glorot and Bengio's (2010), by which the authors' code divides."""
     fans = {n: params[n][0].numel() + params[n][:, 0].numel() for n in names}
     return {n: (fan / 1.5) ** (power / 2) for n, fan in fans.items()}
-
 
 def linear_schedule(peak, steps, warmup=0):
     """lr(step): up to peak over warmup steps, then down in a straight line, to 0 at step == steps."""
     return lambda step: peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
 
-
 def exponential_schedule(start, end, steps):
     """lr(step): from start to end at step == steps, by one factor a step. Source: the paper, section 3.2."""
     return lambda step: start * (end / start) ** (step / steps)
 
-
-# ------------------------------------------------------------------------------------------------------
-# 7. Lower precision: in training by autocast, after training as a map over the dict
-# ------------------------------------------------------------------------------------------------------
-
-
+# ---- 7. Lower precision: in training by autocast, after training as a map over the dict ----
 def mixed_precision(dtype):
     """A forward to pass in place of apply: the same under autocast to dtype, with logits in float32."""
     def forward(model, params, buffers, x, train=False):
@@ -405,18 +336,14 @@ def mixed_precision(dtype):
         return logits.float(), buffers
     return forward
 
-
 def to_dtype(tensors, dtype):
     """A dict of params or buffers with its floating tensors in dtype, bit for bit as model.half() has them.
-
-    Raises ValueError, naming the tensor, where a finite value would become infinite (float16: beyond 65504).
-    """
+    Raises ValueError, naming the tensor, where a finite value would become infinite (65504 in float16)."""
     converted = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
     for name, t in tensors.items():
         if t.is_floating_point() and (t.isfinite() & ~converted[name].isfinite()).any():
             raise ValueError(f"{name}: {t.abs().max().item():g} is out of the range of {dtype}")
     return converted
-
 
 def in_dtype(dtype):
     """A forward to pass in place of apply, for params and buffers in dtype: the inputs are cast too."""
@@ -426,44 +353,395 @@ def in_dtype(dtype):
         return logits.float(), buffers
     return forward
 
+# ---- 8. Quantized inputs, and layers computed in integers. A grid of so many bits with a zero point holds
+#    the values step * (code - zero), code = 0 ... 2**bits - 1; the grid of 1 bit holds -1 and +1 ----
+_LAYER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
-# ------------------------------------------------------------------------------------------------------
-# 8. Checkpoints: a file that torch.load reads, sealed with a checksum over every byte
-# ------------------------------------------------------------------------------------------------------
+class Weight(torch.Tensor):
+    """A tensor of the dict that says how its layer is computed: compute(layer, x, bias, **geometry), layer
+    being F.conv2d or F.linear; as the weight of a batch norm it leaves that out. All else that is done with
+    it sees value(), a plain tensor. parts: what it is made of in a deployed network (see deploy), or None."""
+    @staticmethod
+    def __new__(cls, data, compute, value, parts=None):
+        weight = data.as_subclass(cls)
+        weight.compute, weight.value, weight.parts = compute, value, parts
+        return weight
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in (F.batch_norm, torch.batch_norm):
+                return args[0]
+            if function in (F.conv2d, F.linear):
+                call = {**dict(zip(_LAYER, args)), **(kwargs or {})}
+                return call.pop("weight").compute(function, call.pop("input"), **call)
+            plain = lambda a: a.value() if isinstance(a, cls) else a
+            return function(*map(plain, args), **{k: plain(a) for k, a in (kwargs or {}).items()})
 
+def sign_input(x):
+    """sign(x), sign(0) = +1, with the gradient cut where abs(x) > 1: the activations of XNOR-Net.
+    Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016, arXiv:1602.02830."""
+    return straight_through(x.clamp(-1, 1), torch.where(x >= 0, 1.0, -1.0).to(x.dtype))
+
+def lsq(x, step, low, high, size):
+    """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
+    size: how many values share the step: the weight's, or the features of one image; the step's gradient is
+    scaled by 1 / sqrt(size * high). Source: LSQ, Esser et al. 2020, arXiv:1902.08153, section 2."""
+    scaled = step * (size * max(high, 1)) ** -0.5
+    step = step.detach() + (scaled - scaled.detach())
+    v = (x / step).clamp(low, high)
+    return straight_through(v, v.round()) * step
+
+def lsq_weights(bits):
+    """The quantizer(w, step) of weights on the signed grid of so many bits, 2 or more."""
+    return lambda w, step: lsq(w, step, -2 ** (bits - 1), 2 ** (bits - 1) - 1, w.numel())
+
+def lsq_step(w, bits):
+    """The step that LSQ starts from, 2 mean abs(w) / sqrt(high), without dimensions. Source: section 2.1."""
+    return 2 * w.abs().mean() / (2 ** (bits - 1) - 1) ** 0.5
+
+def _wrap(params, names, around):
+    """The params with, for each name, a Weight whose layer is layer(around(name, x), w, ...)."""
+    def weight(name, w):
+        return Weight(w, lambda layer, x, **more: layer(around(name, x), w, **more), lambda: w)
+    return {k: weight(k, w) if k in _known(params, names) else w for k, w in params.items()}
+
+def with_inputs(grids, forward=apply):
+    """A forward to pass in place of apply: the same, with layers that quantize their inputs first.
+    grids: {weight's name: (bits, zero)}. What is quantized is what the layer receives, whatever computed it;
+    the model is not touched. The step, for 2 bits and more, is the learned entry "NAME:input_step"."""
+    def quantized(model, params, buffers, x, train=False):
+        def around(name, x):
+            bits, zero = grids[name]
+            if bits == 1:
+                return sign_input(x)
+            return lsq(x, params[f"{name}:input_step"], -zero, 2**bits - 1 - zero, x[0].numel())
+        return forward(model, _wrap(params, grids, around), buffers, x, train)
+    return quantized
+
+def min_max(x, bits):
+    """The grid (step, zero) over all the values of x and 0; step a tensor, zero an int."""
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+    return step, min(2**bits - 1, round((-low / step).item()))
+
+def least_squares(x, bits):
+    """The grid (step, zero), of 40 parts of min_max's, on which x is rounded with the least squared error.
+    Computed on 50,000 of its values."""
+    x = x.flatten()[::max(1, x.numel() // 50_000)].float()
+    widest, zero = min_max(x, bits)
+    steps = [widest * i / 40 for i in range(1, 41)]
+    error = lambda s: ((x / s).round().clamp(-zero, 2**bits - 1 - zero) * s - x).square().mean().item()
+    return min(steps, key=error), zero
+
+def calibrate(model, params, buffers, x, bits, fit=min_max):
+    """The grids of the layers' inputs for images x: ({"NAME:input_step": step}, {name: (bits, zero)}).
+    bits: {weight's name: bits}. x: training images, never test images, as the network takes them. fit:
+    min_max or least_squares, of what the layer receives; where a layer is called twice, the last time."""
+    steps, grids = {}, {}
+    def watch(name, x):
+        steps[f"{name}:input_step"], zero = fit(x.float(), bits[name])
+        grids[name] = (bits[name], zero)
+        return x
+    with torch.no_grad():
+        apply(model, _wrap(params, bits, watch), buffers, x)
+    return steps, grids
+
+def _int_mm(a, b):
+    """a @ b in integers, int8 (m, k) and (k, n) to int32, by torch._int_mm, padded as CUDA needs it."""
+    (m, k), n = a.shape, b.shape[1]
+    if a.is_cuda:
+        a, b = F.pad(a, (0, -k % 8, 0, max(0, 17 - m))), F.pad(b, (0, -n % 8, 0, -k % 8))
+    return torch._int_mm(a, b)[:m, :n]
+
+def _onednn(codes, w, step, zero, scale, shift, stride, padding, dilation, groups):
+    """A convolution in integers, uint8 by int8, and scale and shift in the same pass: oneDNN's, on a CPU."""
+    op, geometry = torch.ops.onednn, (stride, padding, dilation, groups)
+    packed = op.qconv_prepack(w, scale, step, zero, *geometry, codes.shape)
+    return op.qconv2d_pointwise(codes, step, zero, packed, scale, torch.zeros_like(scale).long(), shift,
+                                *geometry, 1.0, 0, torch.float32, "none", [], "")
+
+@functools.cache
+def _exact(kernel, device):
+    """Whether a kernel is there and exact: some processors saturate sums of two products at 16 bits."""
+    w, one = torch.full((64, 64), 127, dtype=torch.int8, device=device), torch.ones(64, device=device)
+    x = torch.full((1, 64, 1, 1), 255, dtype=torch.uint8, device=device)
+    try:
+        if kernel is _int_mm:
+            return bool((_int_mm(w, w) == 64 * 127**2).all())
+        sums = kernel(x, w[..., None, None], 1.0, 0, one, 0 * one, (1, 1), (0, 0), (1, 1), 1)
+        return bool((sums == 64 * 255 * 127).all())
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+def integer_conv2d(codes, w, zero, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """The convolution of (codes - zero), with zeros around it, by w, exactly: int32 (n, out, h, w).
+    codes: uint8 (n, c, h, w); w: int8 (out, c / groups, kh, kw). One product of matrices over windows that
+    lie as in channels-last memory. Raises ValueError where 32 bits might not hold the sums."""
+    if w[0].numel() * 255 * 128 >= 2**31:
+        raise ValueError(f"sums of {w[0].numel():,} products of 8 bits may not fit 32 bits")
+    if groups > 1 or not _exact(_int_mm, codes.device):   # float64 is exact up to 2**53
+        return F.conv2d(codes.double() - zero, w.double(), None, stride, padding, dilation, groups).int()
+    x = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]), value=zero).permute(0, 2, 3, 1)
+    x = x.contiguous().bitwise_xor(128).view(torch.int8)                                    # code - 128
+    (n, height, width, c), (kh, kw), (a, b, d, e) = x.shape, w.shape[2:], x.stride()
+    rows = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
+    columns = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1
+    windows = x.as_strided((n, rows, columns, kh, kw, c),
+                           (a, b * stride[0], d * stride[1], b * dilation[0], d * dilation[1], e))
+    matrix = w.permute(0, 2, 3, 1).flatten(1)
+    sums = _int_mm(windows.reshape(-1, matrix.shape[1]), matrix.T)
+    sums = sums + (128 - zero) * matrix.sum(1, dtype=torch.int32)
+    return rearrange(sums, "(n h w) c -> n c h w", n=n, h=rows)
+
+def integers(codes, bits, shape, **_):
+    """The integers that a deployed weight's codes stand for, int8 of that shape."""
+    codes = unpack_bits(codes, bits, shape)
+    return (2 * codes.to(torch.int8) - 1) if bits == 1 else (codes - 2 ** (bits - 1)).view(torch.int8)
+
+def input_codes(x, grid, step=None):
+    """x on a grid (bits, zero): (codes, uint8 like x; step; zero); without a step, on min_max's of x."""
+    bits, zero = grid
+    if bits == 1:
+        return 2 * (x >= 0).to(torch.uint8), 1.0, 1
+    if step is None:
+        step, zero = min_max(x, bits)
+    codes = (x / step).round_()
+    return codes.add_(zero).clamp_(0, 2**bits - 1).to(torch.uint8), float(step), zero
+
+def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, step=None):
+    """The tensor of a deployed network that is made of these parts, which are moved and saved as they are.
+    codes: pack_bits' bytes for 1 to 8 bits, floats for 16 and 32; shape: the weight's; scale,
+    shift: float32 (out,), shift or None; grid: (bits, zero) of the layer's input and step, its float step, or
+    None to find it in each batch; without a grid, inputs stay real. No codes: a folded batch norm."""
+    parts = {"codes": codes, "bits": bits, "shape": shape, "scale": scale, "shift": shift, "grid": grid,
+             "step": step}
+    value = lambda: codes if bits > 8 else integers(**parts) * _by_filter(scale, len(shape))
+    def compute(layer, x, bias=None, **geometry):
+        bias = bias if shift is None else shift if bias is None else bias + shift
+        if grid is None:
+            return layer(x, value().to(x.dtype), bias if bias is None else bias.to(x.dtype), **geometry)
+        bias = torch.zeros_like(scale) if bias is None else bias.float()
+        return _integer_layer(x.float(), parts, bias, **geometry)
+    if codes is None:
+        return Weight(torch.empty(0), None, lambda: torch.zeros(shape), parts)
+    return Weight(codes, compute, value, parts)
+
+def _integer_layer(x, parts, bias, stride=1, padding=0, dilation=1, groups=1):
+    """A linear layer, or a convolution, of float32 inputs by a deployed weight, in integers: float32."""
+    w, scale = integers(**parts), parts["scale"]
+    codes, step, zero = input_codes(x, parts["grid"], parts["step"])
+    if w.ndim == 2:   # a linear layer: a convolution of images of one pixel
+        codes, w = codes.reshape(-1, codes.shape[-1], 1, 1), w[..., None, None]
+    pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
+    if isinstance(padding, str):
+        h, v = (d * (k - 1) * (padding == "same") for d, k in zip(pair(dilation), w.shape[2:]))
+        codes, padding = F.pad(codes, (v // 2, v - v // 2, h // 2, h - h // 2), value=zero), 0
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    if _exact(_onednn, codes.device) and w[0].numel() < 2**16:
+        out = _onednn(codes, w, step, zero, scale, bias, *geometry)
+    else:
+        sums = integer_conv2d(codes, w, zero, *geometry)
+        out = torch.addcmul(bias.view(1, -1, 1, 1), sums, (step * scale).view(1, -1, 1, 1))
+    return out if len(parts["shape"]) > 2 else out.view(*x.shape[:-1], -1)
+
+# ---- 9. Packing: the dict of a deployed network, whose tensors hold bits ----
+def pack_bits(codes, bits):
+    """Integers from 0 to 2**bits - 1, of any shape, as a row of bytes, uint8, low bits first."""
+    spread = (codes.flatten()[:, None].int() >> torch.arange(bits, device=codes.device)) & 1
+    spread = F.pad(spread.flatten(), (0, -spread.numel() % 8)).view(-1, 8)
+    return (spread << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+
+def unpack_bits(data, bits, shape):
+    """The uint8 integers of that shape that pack_bits made bytes of."""
+    count, width = torch.Size(shape).numel(), bits if 8 % bits == 0 else 1
+    place = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
+    spread = ((data[:, None] >> place) & (2**width - 1)).flatten()[:count * bits // width].view(count, -1)
+    codes = spread[:, 0]
+    for i in range(1, spread.shape[1]):
+        codes = codes | spread[:, i] << i
+    return codes.reshape(shape)
+
+def pack(params, bits, grids=None):
+    """The params of the deployed network: the same dict with tensors that hold so many bits, and no steps.
+    bits: {name: 1 to 8}: 1 for alpha * sign(w), 2 for ternary weights, k for weights on the grid of their
+    "NAME:step", or rounded to that of their largest value, filter by filter; grids: {name: (bits, zero)} for
+    inputs, each with an "NAME:input_step" unless it is dynamic. Raises ValueError for a weight of 1 bit that
+    has more than two values in a filter."""
+    def packed(name, w):
+        shift, b = params.get(f"{name}:shift"), bits.get(name, 32)
+        if b > 8:
+            return w if shift is None else deploy(w, 8 * w.element_size(), tuple(w.shape), shift=shift)
+        top = max(1, 2 ** (b - 1) - 1)
+        scale = params.get(f"{name}:step", w.abs().flatten(1).amax(1) / top).flatten().expand(len(w)).float()
+        scale = torch.where(scale == 0, 1.0, scale)
+        q = (w / _by_filter(scale, w.ndim)).round().clamp(-1 if b == 1 else -top - 1, top)
+        if b == 1 and (q * _by_filter(scale, w.ndim) != w).any():
+            raise ValueError(f"{name}: its filters have more than two values, 1 bit does not hold them")
+        codes = pack_bits((q + 1) / 2 if b == 1 else q + 2 ** (b - 1), b)
+        step = params[f"{name}:input_step"].item() if f"{name}:input_step" in params else None
+        return deploy(codes, b, tuple(w.shape), scale.contiguous(), shift, (grids or {}).get(name), step)
+    own = {k: w for k, w in params.items() if ":" not in k}
+    return {k: w if isinstance(w, Weight) else packed(k, w.detach()) for k, w in own.items()}
+
+def scale_and_shift(model, params, buffers):
+    """(params, buffers) with each batch norm as two vectors, its weight the scale, its bias the shift."""
+    params, buffers = dict(params), dict(buffers)
+    for k, m in _norms(model).items():
+        if m.affine:
+            scale = params[f"{k}.weight"] / (buffers[f"{k}.running_var"] + m.eps).sqrt()
+            params[f"{k}.bias"] = params[f"{k}.bias"] - buffers[f"{k}.running_mean"] * scale
+            params[f"{k}.weight"] = scale
+    return params, {**buffers, **_constants(model)}
+
+def _constants(model):
+    """The buffers of the batch norms that scale_and_shift leaves without statistics."""
+    norms = {k: m for k, m in _norms(model).items() if m.affine}
+    return {f"{k}.{name}": t for k, m in norms.items() for name, t in (
+        ("running_mean", torch.zeros_like(m.running_mean)),
+        ("running_var", torch.full_like(m.running_var, 1 - m.eps)),
+        ("num_batches_tracked", torch.zeros_like(m.num_batches_tracked)))}
+
+def fold_pairs(model):
+    """The batch norms that stand right behind a layer: {norm: layer}; none if torch.fx cannot trace it."""
+    try:
+        nodes = torch.fx.symbolic_trace(model).graph.nodes
+    except Exception:   # of the user's code, which tracing runs
+        return {}
+    called = [n.target for n in nodes if n.op == "call_module"]
+    module = lambda n, kinds: n.op == "call_module" and isinstance(model.get_submodule(n.target), kinds) and (
+        called.count(n.target) == 1)
+    norms = tuple({type(m) for m in _norms(model).values() if m.affine})
+    return {n.target: n.args[0].target for n in nodes if module(n, norms)
+            and module(n.args[0], (nn.Conv2d, nn.Linear)) and len(n.args[0].users) == 1}
+
+def fold(params, pairs):
+    """The params, as scale_and_shift leaves them, with batch norms folded into the layers before: {norm:
+    layer}.
+    The layer's weight (and its "NAME:step") is multiplied by the scale; the shift goes to its bias, or to an
+    entry "NAME:shift" for pack. Not for +-1 weights, which would be no more. Raises KeyError."""
+    params = dict(params)
+    for norm, layer in pairs.items():
+        name, bias = f"{layer}.weight", f"{layer}.bias"
+        _known(params, [name, f"{norm}.weight"])
+        scale, shift = params[f"{norm}.weight"], params[f"{norm}.bias"]
+        by_filter, gone = _by_filter(scale, params[name].ndim), deploy(shape=tuple(scale.shape))
+        params |= {k: params[k] * by_filter for k in (name, f"{name}:step") if k in params}
+        params |= {bias: params[bias] * scale + shift} if bias in params else {f"{name}:shift": shift}
+        params |= {f"{norm}.weight": gone, f"{norm}.bias": gone}
+    return params
+
+# ---- 10. Cost and scores: counted on the network and its tensors as they are ----
+_FREE = ("view", "clone", "alias", "getitem", "empty", "permute", "aten.t.", "transpose", "expand", "slice",
+         "select", "pad", "detach", "squeeze", "cat.", "copy", "reshape", "split", "full", "zeros", "arange")
+_PRODUCTS = {"aten.convolution.default": 1, "aten.addmm.default": 2, "aten.mm.default": 1,
+             "aten.bmm.default": 1}   # of matrices, and which argument is the weight
+
+def _row(name, t, real=32):
+    """The row of a stored tensor, see count_cost; real: the bits of inputs that are not quantized."""
+    parts = t.parts if isinstance(t, Weight) else {}
+    bits, grid, values = parts.get("bits", 8 * t.element_size()), parts.get("grid"), t.value() if parts else t
+    inputs = grid[0] if grid else bits if bits > 8 else real
+    side = sum(32 * parts[k].numel() for k in ("scale", "shift") if parts.get(k) is not None)
+    return {"layer": name, "values": values.numel(), "zeros": (values == 0).sum().item(), "w_bits": bits,
+            "side_bits": side + 32 * (parts.get("step") is not None), "a_bits": inputs, "macs": 0, "terms": 0,
+            "outputs": 0, "ops": 0}
+
+def count_cost(model, params, buffers, shape=(3, 32, 32)):
+    """What the network stores, and computes for one image of that shape: a list of rows, dicts.
+    params, buffers: as it is deployed, packed or real. layer: the weight's name, or an operation's; values
+    and zeros in it, w_bits each; side_bits: of its scales, shift and step; a_bits: of the inputs as they are
+    multiplied; macs: multiply-accumulates, terms in each of outputs sums; ops: other operations, in 32 bits.
+    A batch norm is stored as two vectors. The forward pass is traced on the meta device, without data."""
+    folded = lambda w: isinstance(w, Weight) and w.parts["codes"] is None
+    own = {k: w for k, w in params.items() if ":" not in k}
+    fake = {k: w if folded(w) else torch.empty(w.shape, device="meta") for k, w in own.items()}
+    empty = {k: b.to("meta") for k, b in buffers.items()}
+    graph = make_fx(lambda x: apply(model, fake, empty, x)[0])(torch.empty(1, *shape, device="meta"))
+    stored = own | {k: b for k, b in buffers.items() if k not in _constants(model) and b.ndim}
+    real = max([8 * w.element_size() for w in own.values() if not isinstance(w, Weight)], default=32)
+    rows = {k: _row(k, t, real) for k, t in stored.items() if not folded(t)}
+    names = {id(w): k for k, w in fake.items()}
+    tensor = lambda n: getattr(graph, n.target) if n.op == "get_attr" else n.meta.get("tensor_meta")
+    for node in graph.graph.nodes:
+        op = str(node.target)
+        if node.op != "call_function" or any(word in op for word in _FREE):
+            continue
+        out = tensor(node if hasattr(tensor(node), "shape") else node.args[0]).shape.numel()
+        if op not in _PRODUCTS:
+            read = max([tensor(a).shape.numel() for a in node.args if hasattr(a, "meta")], default=0)
+            row = rows.setdefault(op, _row(op, torch.empty(0)))
+            row["ops"] += 2 * out if "batch_norm" in op else max(out, read)
+            continue
+        weight = node.args[_PRODUCTS[op]]
+        terms = tensor(weight).shape[1:].numel() if "conv" in op else tensor(weight).shape[-2]
+        while weight.op == "call_function":   # a view of the parameter
+            weight = weight.args[0]
+        name = names.get(id(getattr(graph, str(weight.target), None)), op)
+        row = rows.setdefault(name, _row(op, torch.empty(0)))
+        row |= {"macs": row["macs"] + out * terms, "terms": terms, "outputs": row["outputs"] + out}
+        row["ops"] += 2 * out * (isinstance(own.get(name), Weight) and own[name].parts["grid"] is not None)
+    return list(rows.values())
+
+def course_score(cost, credit_zeros=True):
+    """The score of IMT Atlantique's course for CIFAR-10 (ResNet-18 in fp16: 1.9895), from count_cost.
+    Weights over 5.6e6 and multiply-accumulates over 2.8e8, each by its own bits over 32, an operation by the
+    wider of its operands. credit_zeros: zeros are pruned weights, not stored; they save no operations, and
+    channels that were cut are gone from the tensors already. Eligible at 90 %."""
+    storage = sum((r["values"] - credit_zeros * r["zeros"]) * r["w_bits"] + r["side_bits"] for r in cost)
+    operations = sum(max(r["w_bits"], r["a_bits"]) * r["macs"] for r in cost)
+    return storage / 32 / 5.6e6 + operations / 32 / 2.8e8
+
+# MicroNet's accumulator policies: the bits of an addition among the terms of a sum of products
+fp32_sums = lambda w_bits, a_bits, terms: 32
+exact_sums = lambda w_bits, a_bits, terms: w_bits + a_bits + (terms - 1).bit_length()
+adder_tree = lambda w_bits, a_bits, terms: (a_bits if w_bits == 1 else w_bits + a_bits) + 1   # on average
+
+def micronet_score(cost, accumulator=fp32_sums, freebie=False):
+    """The score of the MicroNet challenge 2019, CIFAR-100 (WideResNet-28-10 in 32 bits: 2), from count_cost.
+    Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where zeros make that smaller, plus
+    multiplications and additions over 10.49e9 of 32 bits. Zeros are not multiplied; +-1 by a float or by +-1
+    costs 1 bit. accumulator(w_bits, a_bits, terms): the bits of an addition. freebie: values and products of
+    32 bits count as 16. Source: the challenge's rules. Eligible at 80 %."""
+    half = lambda bits: 16 if freebie and bits == 32 else bits
+    storage = operations = 0
+    for r in cost:
+        w, a, dense = half(r["w_bits"]), half(r["a_bits"]), 1 - r["zeros"] / max(1, r["values"])
+        storage += min(r["values"] * w, (r["values"] - r["zeros"]) * w + r["values"])
+        storage += r["side_bits"] * half(32) / 32
+        product = 1 if r["w_bits"] == 1 and (a == 1 or a >= 16) else max(w, a)
+        width = accumulator(r["w_bits"], r["a_bits"], r["terms"])
+        additions = max(0, r["macs"] * dense - r["outputs"])
+        operations += r["macs"] * dense * product + additions * width + half(32) * r["ops"]
+    return storage / 32 / 36.5e6 + operations / 32 / 10.49e9
+
+# ---- 11. Checkpoints: a file that torch.load reads, sealed with a checksum over every byte ----
 _SEAL = b"bcq-seal"   # and the SHA-256: the comment at the end of the zip archive that torch.save writes
-
 
 def state_dict(model, params, buffers):
     """The tensors under the names that model.load_state_dict expects: tied weights under each name."""
-    tensors, canonical = {**params, **buffers}, {}
-    for name, t in [*model.named_parameters(), *model.named_buffers()]:
-        canonical.setdefault(id(t), name)
+    tensors, named = {**params, **buffers}, [*model.named_parameters(), *model.named_buffers()]
+    canonical = {id(t): name for name, t in reversed(named)}
     expected = model.state_dict(keep_vars=True)
     return {k: tensors[canonical[id(t)]] for k, t in expected.items() if id(t) in canonical}
 
-
 def to_device(value, device):
-    """Nested dicts, lists and tuples with the tensors in them moved to the device."""
+    """Nested dicts, lists and tuples with the tensors in them, deployed ones too, moved to the device."""
+    if isinstance(value, Weight):
+        return deploy(**to_device(value.parts, device))
     if torch.is_tensor(value):
         return value.to(device)
     if isinstance(value, dict):
         return {k: to_device(v, device) for k, v in value.items()}
     return type(value)(to_device(v, device) for v in value) if isinstance(value, (list, tuple)) else value
 
-
 def save_checkpoint(path, net, hyperparam, **meta):
     """Writes {'net': net, 'hyperparam': hyperparam, **meta} atomically: path is the old file or the new one.
-
     net: the weights that the network computes with (for BinaryConnect +-1), from state_dict; hyperparam: the
-    dict of arguments that the constructor takes; meta: tensors, numbers, strings, dicts and lists (by
-    convention latent, mode, model, dataset, classes and accuracies). torch.load reads the file. Raises
-    OSError if it cannot be written.
-    """
+    dict of arguments that the constructor takes; meta: tensors, numbers, strings, dicts and lists. torch.load
+    reads the file. Raises OSError if it cannot be written."""
     stream = io.BytesIO()
     torch.save(to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu"), stream)
-    comment = len(_SEAL) + 32
-    sealed = stream.getvalue()[:-2] + struct.pack("<H", comment) + _SEAL
+    sealed = stream.getvalue()[:-2] + struct.pack("<H", len(_SEAL) + 32) + _SEAL
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -474,41 +752,35 @@ def save_checkpoint(path, net, hyperparam, **meta):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def read_checkpoint(path):
     """The dict in a checkpoint file, tensors on the CPU; its checksum is verified before anything is parsed.
-
     Files that others wrote with torch.save have no seal and are read without one; no code in a file is ever
-    run. Raises OSError if there is no such file, ValueError if it is damaged or no checkpoint.
-    """
+    run. Raises OSError if there is no such file, ValueError if it is damaged or no checkpoint."""
     data = Path(path).read_bytes()
-    sealed, digest = data[:-32], data[-32:]
-    has_seal = sealed.endswith(_SEAL)
+    sealed, digest, has_seal = data[:-32], data[-32:], data[:-32].endswith(_SEAL)
     if has_seal and hashlib.sha256(sealed).digest() != digest:
         raise ValueError(f"{path}: damaged, its checksum does not match")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:   # torch.load raises many kinds for a file that it cannot read
-        pickled = "weights_only" in str(error).lower()
-        why = "it holds a pickled object, not tensors" if pickled else "damaged, or not one"
+        why = ("it holds a pickled object, not tensors" if "weights_only" in str(error).lower() else
+               "damaged, or not one")
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
-    if not isinstance(content, dict) or ("bcq" in content and not has_seal):
-        raise ValueError(f"{path}: damaged, its checksum is missing" if isinstance(content, dict) else
-                         f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    if "bcq" in content and not has_seal:
+        raise ValueError(f"{path}: damaged, its checksum is missing")
     return content
-
 
 def _fit(net, expected, path):
     """net without the prefixes of wrappers. Raises ValueError with the keys that do not fit expected."""
     if not isinstance(net, dict):
         raise ValueError(f"{path}: its net is a {type(net).__name__}, not a dict of tensors")
-
     def strip(name):
-        bare = name
-        while bare not in expected and bare.startswith(("module.", "model.", "_orig_mod.")):
-            bare = bare.split(".", 1)[1]
-        return bare if bare in expected else name
-
+        parts = name.split(".")
+        while ".".join(parts) not in expected and parts[0] in ("module", "model", "_orig_mod"):
+            parts = parts[1:] or [""]
+        return ".".join(parts) if ".".join(parts) in expected else name
     net = {strip(str(k)): v for k, v in net.items()}
     shape = lambda t: tuple(t.shape) if torch.is_tensor(t) else type(t).__name__
     wrong = [f"{k} is {shape(net[k])}, expected {tuple(t.shape)}" for k, t in expected.items()
@@ -519,22 +791,23 @@ def _fit(net, expected, path):
         raise ValueError(f"{path}: {len(wrong)} of its keys do not fit the model: {'; '.join(wrong)}")
     return net
 
+def _construct(path, build, hyperparam):
+    """build called with the hyperparam in a file. Raises ValueError where it does not take it."""
+    try:
+        value = () if hyperparam is None else (hyperparam,)
+        return build(**hyperparam) if isinstance(hyperparam, dict) else build(*value)
+    except TypeError as error:
+        raise ValueError(f"{path}: the model does not take the hyperparam in the file ({error})") from None
 
 def load_checkpoint(path, build):
     """The network in a file: (model, params, buffers, meta), params being what it computes with.
-
     build: the constructor, called as build(**hyperparam), or build(hyperparam) where the file holds a single
     value, or build() where it holds none. meta: all else in the file, latent weights included. A plain state
     dict, or one under 'net', with the prefixes module., model. or _orig_mod., is read too. Raises OSError, or
-    ValueError with exactly the keys that do not fit.
-    """
+    ValueError with exactly the keys that do not fit."""
     content = read_checkpoint(path)
-    net, hyperparam = content.get("net", content), content.get("hyperparam")
-    try:
-        value = () if hyperparam is None else (hyperparam,)
-        model = build(**hyperparam) if isinstance(hyperparam, dict) else build(*value)
-    except TypeError as error:
-        raise ValueError(f"{path}: the model does not take the hyperparam in the file ({error})") from None
+    net = content.get("net", content)
+    model = _construct(path, build, content.get("hyperparam"))
     net = _fit(net, model.state_dict(), path)
     model.load_state_dict(net)
     params, buffers = split(model)
@@ -542,49 +815,68 @@ def load_checkpoint(path, build):
     meta = {k: v for k, v in content.items() if k != "net"} if "net" in content else {}
     return model, stored(params), stored(buffers), meta
 
+def save_packed(path, model, packed, buffers, hyperparam, **meta):
+    """Writes a deployed network, as pack makes it, with each weight in its own bits; atomic and sealed.
+    The other arguments are save_checkpoint's. Raises OSError if it cannot be written."""
+    blob, index = [], {}
+    def put(t):
+        blob.append(t.contiguous().flatten().view(torch.uint8).cpu())
+        return str(t.dtype).removeprefix("torch."), list(t.shape), len(blob[-1])
+    for k, t in {k: t for k, t in (packed | buffers).items() if k not in _constants(model)}.items():
+        parts = t.parts if isinstance(t, Weight) else {"tensor": t}
+        index[k] = {n: put(v) if torch.is_tensor(v) else v for n, v in parts.items()}
+    save_checkpoint(path, {"blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
 
-# ------------------------------------------------------------------------------------------------------
-# 9. The lab's class, over the functions above
-# ------------------------------------------------------------------------------------------------------
+def load_packed(path, build):
+    """The deployed network in a file: (model, packed params, buffers, meta).
+    Arguments and errors as in load_checkpoint; ValueError for a file that holds no packed network."""
+    content = read_checkpoint(path)
+    if "packed" not in content:
+        raise ValueError(f"{path}: not a packed network")
+    blob, at = content["net"]["blob"], 0
+    def take(dtype, shape, length):
+        nonlocal at
+        raw, at = blob[at:at + length].clone(), at + length
+        return raw.view(getattr(torch, dtype)).view(shape)
+    def tensor(entry):
+        stored = ("codes", "scale", "shift", "tensor")
+        parts = {n: take(*v) if n in stored and v is not None else v for n, v in entry.items()}
+        return parts["tensor"] if "tensor" in parts else deploy(**parts)
+    model = _construct(path, build, content.get("hyperparam"))
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = _fit(_constants(model) | {k: tensor(e) for k, e in content["packed"].items()}, expected, path)
+    part = lambda named: {k: tensors[k] for k, _ in named}
+    meta = {k: v for k, v in content.items() if k not in ("net", "packed")}
+    return model, part(model.named_parameters()), part(model.named_buffers()), meta
 
-
+# ---- 12. The lab's class, over the functions above ----
 class BC(nn.Module):
     """The model with its Conv2d and Linear weights binarized on demand, in place, as in the lab:
-
         bc.binarization(); criterion(bc(x), y).backward(); bc.restore(); optimizer.step(); bc.clip()
-
     It is an nn.Module: .to, .parameters, .train, .eval and calling it work. saved_params: the latent weights,
-    a list of tensors in the order of target_modules, the list of weights. One source of truth: both follow
-    self.model.
-    """
-
+    a list of tensors in the order of target_modules, the list of weights. Both follow self.model."""
     def __init__(self, model):
         super().__init__()
         self.model = model
         self.names = quantizable(model)
         self._binary = None
         self.save_params()
-
     @property
     def target_modules(self):
         return [self.model.get_parameter(name) for name in self.names]
-
     @torch.no_grad()
     def _write(self, tensors):
         for weight, tensor in zip(self.target_modules, tensors):
             weight.copy_(tensor)   # inside no_grad, yet autograd counts the write: a later backward() raises
-
     def _check_unchanged(self):
         pairs = zip(self.target_modules, self._binary or [])
         if not all(torch.equal(w, b.to(w.device)) for w, b in pairs):
             raise RuntimeError("the weights were changed between binarization() and restore(); that would be "
                                "lost: call optimizer.step() after restore()")
-
     def save_params(self):
         """Saves the latent weights; while the model is binary they are saved already, and are kept."""
         if not self._binary:
             self.saved_params = [w.detach().clone() for w in self.target_modules]
-
     def binarization(self):
         """Saves the latent weights and writes their signs into the model."""
         self._check_unchanged()
@@ -592,20 +884,17 @@ class BC(nn.Module):
         latent = dict(zip(self.names, self.saved_params))
         self._binary = list(quantize_params(latent, self.names, binarize).values())
         self._write(self._binary)
-
     def restore(self):
         """Writes the latent weights back. Raises RuntimeError if a step changed the weights in between."""
         self._check_unchanged()
         if self._binary:
             self._write(self.saved_params)
             self._binary = None
-
     def clip(self):
         """Clips the latent weights to [-1, 1]. Raises RuntimeError while the model is binary."""
         if self._binary:
             raise RuntimeError("the model is binary: call restore() and optimizer.step() before clip()")
         latent = {name: w.detach() for name, w in zip(self.names, self.target_modules)}
         self._write(clip_params(latent, self.names).values())
-
     def forward(self, *inputs):
         return self.model(*inputs)

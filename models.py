@@ -1,12 +1,17 @@
 """The networks of the examples, as plain modules that know nothing of quantization.
 
 Each takes classes (the number of outputs), width (a factor on its channels) and act (the activation, a
-function), and maps float images (n, 3, 32, 32), normalised, to logits (n, classes). MODELS, at the end, names
+function, or its name in torch.nn.functional), and maps float images (n, 3, 32, 32), normalised, to logits (n, classes). MODELS, at the end, names
 them all.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def activation(act):
+    """The activation itself, given as a function or by its name in torch.nn.functional."""
+    return getattr(F, act) if isinstance(act, str) else act
 
 
 def conv(cin, cout, k=3, stride=1, groups=1):
@@ -37,7 +42,7 @@ class VGG(nn.Module):
         super().__init__()
         channels = scaled((128, 128, 256, 256, 512, 512), width)
         features = [channels[-1] * 4 * 4, *scaled(hidden, width), classes]
-        self.act = act
+        self.act = activation(act)
         self.convs, self.norms = conv_norms(channels)
         self.linears = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in zip(features, features[1:]))
         self.linear_norms = nn.ModuleList(nn.BatchNorm1d(f) for f in features[1:])
@@ -64,7 +69,7 @@ class Basic(nn.Module):
         super().__init__()
         self.conv1, self.norm1 = conv(cin, cout, stride=stride), nn.BatchNorm2d(cout)
         self.conv2, self.norm2 = conv(cout, cout), nn.BatchNorm2d(cout)
-        self.stride, self.pad, self.act = stride, cout - cin, act
+        self.stride, self.pad, self.act = stride, cout - cin, activation(act)
         self.shortcut = None
         if projection and (stride > 1 or cin != cout):
             self.shortcut = nn.Sequential(conv(cin, cout, 1, stride), nn.BatchNorm2d(cout))
@@ -83,7 +88,7 @@ class ResNet(nn.Module):
     def __init__(self, channels, depth, projection, classes, act):
         super().__init__()
         widths = [channels[0], *channels]
-        self.act = act
+        self.act = activation(act)
         self.conv, self.norm = conv(3, channels[0]), nn.BatchNorm2d(channels[0])
         self.blocks = nn.Sequential(*[
             Basic(cout if i else cin, cout, 2 if s and not i else 1, projection, act)
@@ -104,7 +109,7 @@ class PreAct(nn.Module):
         self.norm1, self.conv1 = nn.BatchNorm2d(cin), conv(cin, cout, stride=stride)
         self.norm2, self.conv2 = nn.BatchNorm2d(cout), conv(cout, cout)
         self.shortcut = conv(cin, cout, 1, stride) if cin != cout or stride > 1 else None
-        self.act = act
+        self.act = activation(act)
 
     def forward(self, x):
         y = self.act(self.norm1(x))
@@ -120,7 +125,7 @@ class WRN(nn.Module):
         if (depth - 4) % 6 or depth < 10:
             raise ValueError(f"a WideResNet's depth is 6 n + 4, not {depth}")
         widths = [16, *scaled((16, 32, 64), width)]
-        self.act = act
+        self.act = activation(act)
         self.conv = conv(3, 16)
         self.blocks = nn.Sequential(*[
             PreAct(cout if i else cin, cout, 2 if s and not i else 1, act)
@@ -142,7 +147,7 @@ class Inverted(nn.Module):
         self.expand = nn.Sequential(conv(cin, inner, 1), nn.BatchNorm2d(inner)) if expand > 1 else None
         self.depthwise, self.norm2 = conv(inner, inner, 3, stride, groups=inner), nn.BatchNorm2d(inner)
         self.project, self.norm3 = conv(inner, cout, 1), nn.BatchNorm2d(cout)
-        self.skip, self.act = stride == 1 and cin == cout, act
+        self.skip, self.act = stride == 1 and cin == cout, activation(act)
 
     def forward(self, x):
         y = x if self.expand is None else self.act(self.expand(x))
@@ -161,7 +166,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         first, last, *channels = scaled((32, 1280, *[c for _, c, _, _ in self.STAGES]), width)
         widths = [first, *channels]
-        self.act = act
+        self.act = activation(act)
         self.conv, self.norm = conv(3, first), nn.BatchNorm2d(first)
         self.blocks = nn.Sequential(*[
             Inverted(cout if i else cin, cout, expand, 1 if i else stride, act)
@@ -222,7 +227,7 @@ class Fast(nn.Module):
     def __init__(self, classes=10, width=1.0, act=F.gelu):
         super().__init__()
         stem, *channels = scaled((32, 64, 64, 256, 256, 256, 256), width)
-        self.act = act
+        self.act = activation(act)
         self.stem, self.stem_norm = nn.Conv2d(3, stem, 2, bias=False), nn.BatchNorm2d(stem)
         self.convs, self.norms = conv_norms(channels, stem)
         self.linear, self.linear_norm = nn.Linear(channels[-1], classes, bias=False), nn.BatchNorm1d(classes)

@@ -10,11 +10,13 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from datetime import date
@@ -39,26 +41,46 @@ OPTIMIZERS = {
     "adam-glorot": dict(lr=3e-3),
     "muon": dict(lr=0.15, momentum=0.4, rest_lr=5.0, rest_momentum=0.85),
 }
-DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy",
+DEFAULTS = dict(w_bits=None, a_bits=None, prune=0.0, mix=None, teacher_share=0.9, step_lr=0.02, act=None, epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy",
                 smoothing=0.0, latents="model", flip=True, crop=4, cutout=0, recalibrate=0, zca=False)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr_scale={"stem.weight": 0.0}, smoothing=0.2,
                  crop=3, recalibrate=5000),
     "bc": dict(weight_decay=0.0),
     "fast bc-stochastic": dict(lr=2.0, rest_lr=0.375),   # latents near the bound: clear probabilities
+    "xnor": dict(act="hardtanh"),
+    "lsq": dict(w_bits=4, a_bits=4),
+    "fast lsq": dict(lr=0.05, lr_scale={}),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", schedule="exponential", lr_end=2e-6,
                   loss="square hinge", latents="uniform", flip=False, crop=0, zca=True),
 }
-MODES = {
-    "fp32": (None, "an ordinary network"),
-    "bc": (bcq.binarize, "BinaryConnect, deterministic"),
-    "bc-stochastic": (bcq.binarize_stochastic, "BinaryConnect, stochastic in training, deployed as sign(w)"),
+def keep_all(params, names):
+    """No clip: where weights are scaled, the latent ones set the scale, and have no bound."""
+    return params
+
+
+def keep_steps_positive(params, names):
+    """The params with their learned steps kept above 0."""
+    return {k: w.clamp(min=1e-6) if ":" in k else w for k, w in params.items()}
+
+
+MODES = {   # quantizer of the weights in training, clip, bits of the file, what it is
+    "fp32": (None, keep_all, None, "an ordinary network"),
+    "bc": (bcq.binarize, bcq.clip_params, 1, "BinaryConnect, deterministic"),
+    "bc-stochastic": (bcq.binarize_stochastic, bcq.clip_params, 1,
+                      "BinaryConnect, stochastic in training, deployed as sign(w)"),
+    "bwn": (bcq.binarize_scaled, keep_all, 1, "binary weights, scaled by filter"),
+    "bwn-he": (bcq.binarize_he, keep_all, 1, "binary weights, scaled by layer by He's rule"),
+    "xnor": (bcq.binarize_scaled, keep_all, 1, "XNOR-Net, binary weights and inputs, first and last layer real"),
+    "ternary": (bcq.ternarize, keep_all, 2, "ternary weights"),
+    "lsq": (None, keep_steps_positive, None, "LSQ, learned steps"),
 }
 
 
 def preset(mode, model, paper=False, **flags):
     """The name and the settings of the preset for a mode and a model, with the flags that were given."""
-    rows = ["paper"] if paper else [model, "fp32" if mode == "fp32" else "bc", f"{model} {mode}"]
+    family = [] if mode == "fp32" else ["bc", mode] if mode != "bc" else ["bc"]
+    rows = ["paper"] if paper else [model, *family, f"{model} {mode}"]
     own = {k: v for row in rows for k, v in PRESETS.get(row, {}).items()}
     chosen = {**DEFAULTS, **own, **flags}["optimizer"]
     settings = {**DEFAULTS, **OPTIMIZERS[chosen], **own, **flags}
@@ -76,7 +98,8 @@ def optimizer(settings, params, names):
             matrices, bcq.muon(settings["momentum"]),
             bcq.scale_lr(bcq.sgd(settings["rest_momentum"], nesterov=True), settings["rest_lr"])),
     }
-    return bcq.scale_lr(build[settings["optimizer"]](), settings.get("lr_scale", {}))
+    steps = {k: settings["step_lr"] for k in params if ":" in k}
+    return bcq.scale_lr(build[settings["optimizer"]](), {**settings.get("lr_scale", {}), **steps})
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -430,7 +453,7 @@ def build_model(config):
     name, build = config["model"], builder(config["model"])
     known = in_one_line(name, lambda: inspect.signature(build).parameters)
     any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    given = {k: config[k] for k in ("classes", "width") if config[k] is not None}
+    given = {k: config[k] for k in ("classes", "width", "act") if config.get(k) is not None}
     hyperparam = {k: v for k, v in given.items() if k in known or any_name}
     torch.manual_seed(config["seed"])
     model = in_one_line(name, lambda: build(**hyperparam))
@@ -443,14 +466,19 @@ def load_network(path, device, name=None):
     """The network in a checkpoint: a namespace of name, model, params, buffers, meta, dtype and forward."""
     if path is None:
         raise ValueError("this mode needs --checkpoint FILE")
-    name = name or bcq.read_checkpoint(path).get("config", {}).get("model")
+    content = bcq.read_checkpoint(path)
+    name = name or content.get("config", {}).get("model")
     if not name:
         raise ValueError(f"{path}: does not say of which model it is; add --model")
-    model, params, buffers, meta = bcq.load_checkpoint(path, builder(name))
+    load = bcq.load_packed if "packed" in content else bcq.load_checkpoint
+    model, params, buffers, meta = load(path, builder(name))
     dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     params, buffers, meta = (bcq.to_device(v, device) for v in (params, buffers, meta))
+    forward = bcq.in_dtype(dtype)
+    if "packed" not in content and meta.get("grids"):
+        params, forward = {**params, **meta["steps"]}, bcq.with_inputs(meta["grids"], forward)
     return argparse.Namespace(name=name, model=model.to(device), params=params, buffers=buffers, meta=meta,
-                              dtype=dtype, forward=bcq.in_dtype(dtype))
+                              dtype=dtype, forward=forward, packed="packed" in content)
 
 
 def check_network(net, x, classes, train=False):
@@ -477,14 +505,18 @@ def generator(*key, device="cpu"):
 
 def configure(args, data):
     """The whole configuration of a training run, JSON types only."""
-    flags = {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer") if k in args.given}
+    flags = {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer", "w_bits", "a_bits", "mix",
+                                        "prune") if k in args.given}
     name, settings = preset(args.mode, args.model, args.paper, **flags)
     config = {
         "mode": args.mode, "model": args.model, "width": args.width or default_width(args.model),
         "classes": len(data["classes"]),
+        "init": args.init and Path(args.init).name, "teacher": args.teacher and Path(args.teacher).name,
         "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name,
         **settings
     }
+    if args.mode != "lsq" and {"w_bits", "a_bits"} & args.given.keys():
+        raise ValueError("--w-bits and --a-bits are for --mode lsq and ptq")
     total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
@@ -511,12 +543,41 @@ def schedule(config, steps):
     return bcq.linear_schedule(config["lr"], config["epochs"] * steps)
 
 
+def mixed(x, labels, mix, generator):
+    """Images of a batch mixed with others of it, in one share for the batch: (x, labels as probabilities).
+
+    labels: float (n, classes). mix: "mixup" (Zhang et al. 2018, arXiv:1710.09412), a weighted mean, or "cutmix"
+    (Yun et al. 2019, arXiv:1905.04899), a rectangle of the other image; the share uniform in [0, 1].
+    """
+    share = torch.rand((), generator=generator, device=x.device).item()
+    order = torch.randperm(len(x), generator=generator, device=x.device)
+    if mix == "mixup":
+        x = share * x + (1 - share) * x[order]
+    else:
+        size = [round(side * (1 - share) ** 0.5) for side in x.shape[2:]]
+        top, left = (torch.randint(0, side - cut + 1, (), generator=generator, device=x.device).item()
+                     for side, cut in zip(x.shape[2:], size))
+        inside = torch.zeros(x.shape[2:], dtype=torch.bool, device=x.device)
+        inside[top:top + size[0], left:left + size[1]] = True
+        x, share = torch.where(inside, x[order], x), 1 - size[0] * size[1] / inside.numel()
+    return x, share * labels + (1 - share) * labels[order]
+
+
+def taught(x, labels, job):
+    """The labels, as probabilities, blended with those that the teacher gives for x (Hinton et al. 2015)."""
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, job.config["dtype"] == "bf16"):
+        logits, _ = job.teacher.forward(job.teacher.model, job.teacher.params, job.teacher.buffers, x)
+    share = job.config["teacher_share"]
+    return share * logits.float().softmax(1) + (1 - share) * labels
+
+
 def make_step(job):
     """The training step of a job: step(run, lr) -> (run, metrics); run is the state of the training."""
     config, data, device = job.config, job.dataset, job.device
-    loss = bcq.square_hinge if config["loss"] == "square hinge" else bcq.cross_entropy(config["smoothing"])
-    train_step = bcq.make_train_step(job.model, job.names, MODES[config["mode"]][0], job.update, loss,
-                                     forward=job.forward)
+    smoothing = 0.0 if job.teacher else config["smoothing"]
+    loss = bcq.square_hinge if config["loss"] == "square hinge" else bcq.cross_entropy(smoothing)
+    train_step = bcq.make_train_step(job.model, job.names, job.quantizer, job.update, loss,
+                                     MODES[config["mode"]][1], job.forward)
     seed, size, images = config["seed"], config["batch_size"], len(data["train_y"])
     mirrored = torch.rand(images, generator=generator(seed, "mirrored")) < 0.5
 
@@ -525,16 +586,22 @@ def make_step(job):
         order = torch.randperm(images, generator=generator(seed, "order", epoch))
         chosen = order[i * size:(i + 1) * size]
         flip = (mirrored[chosen] ^ bool(epoch % 2)).to(device) if config["flip"] else None  # in turns
-        x = augment(data["train_x"][chosen.to(device)], flip, config["crop"], config["cutout"],
-                    generator(seed, "augment", epoch, i, device=device))
+        x, labels = data["train_x"][chosen.to(device)], data["train_y"][chosen.to(device)]
+        x = augment(x, flip, config["crop"], config["cutout"], generator(seed, "augment", epoch, i, device=device))
+        x = prepare(x, data)
+        if config["mix"] or job.teacher:
+            labels = F.one_hot(labels, config["classes"]).float()
+        if config["mix"]:
+            x, labels = mixed(x, labels, config["mix"], generator(seed, "mix", epoch, i, device=device))
+        if job.teacher:
+            labels = taught(x, labels, job)
         noise = None
         if config["mode"] == "bc-stochastic":
             draw = generator(seed, "noise", epoch, i, device=device)
             noise = bcq.draw_noise(run["params"], job.names, draw)
         torch.manual_seed(generator(seed, "model", epoch, i).initial_seed())  # for a user's own dropout
-        params, buffers, opt_state, metrics = train_step(
-            run["params"], run["buffers"], run["opt_state"],
-            (prepare(x, data), data["train_y"][chosen.to(device)]), lr, noise)
+        params, buffers, opt_state, metrics = train_step(run["params"], run["buffers"], run["opt_state"],
+                                                         (x, labels), lr, noise)
         return {**run, "params": params, "buffers": buffers, "opt_state": opt_state, "step": i + 1}, metrics
 
     return step
@@ -542,7 +609,7 @@ def make_step(job):
 
 def fresh(job):
     """The state of a training run before its first step."""
-    params, buffers = bcq.split(job.model)
+    params, buffers = job.start
     if job.config["latents"] == "uniform":       # over [-1, 1], as in the paper's code
         noise = bcq.draw_noise(params, job.names, generator(job.config["seed"], "latents", device=job.device))
         params = {**params, **{k: 2 * u - 1 for k, u in noise.items()}}
@@ -555,16 +622,18 @@ def fresh(job):
 def save(path, job, run, **meta):
     """Writes a checkpoint: net is what the network computes with, latent what is trained."""
     net = bcq.state_dict(job.model, deployed(run["params"], job), run["buffers"])
+    steps = {k: step for k, step in run["params"].items() if ":" in k}
     preprocessing = {k: job.dataset[k] for k in ("mean", "std", "zca") if k in job.dataset}
     bcq.save_checkpoint(path, net, job.hyperparam, latent=run["params"] if job.names else {}, names=job.names,
                         mode=job.config["mode"], dataset=job.config["dataset"], config=job.config,
                         classes=job.dataset["classes"], train_images=len(job.dataset["train_y"]),
+                        bits=job.bits, grids=job.grids, steps=steps, masks=job.masks,
                         **preprocessing, **meta)
 
 
 def deployed(params, job):
-    """The weights to compute with after training: signs, however they were drawn in training."""
-    return bcq.quantize_params(params, job.names, bcq.binarize) if job.names else params
+    """The params to compute with after training: signs, however they were drawn in training."""
+    return bcq.quantize_params(params, job.names, job.deployed) if job.names else params
 
 
 def end_epoch(job, run):
@@ -581,11 +650,9 @@ def end_epoch(job, run):
         result = score(deployed(run["params"], job))
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
         line |= {"val_accuracy_latent": score(run["params"])["accuracy"]} if job.names else {}
-    if job.names:
-        line |= {
-            "at_bound": bcq.saturation(run["params"], job.names),
-            "flipped": bcq.flips(run["before"], run["params"], job.names)
-        }
+    if MODES[job.config["mode"]][2]:
+        line |= {"at_bound": bcq.saturation(run["params"], job.names),
+                 "flipped": bcq.flips(run["before"], run["params"], job.names)}
     return {
         **run, "epoch": run["epoch"] + 1, "step": 0, "losses": [], "accuracies": [], "before": run["params"],
         "history": run["history"] + [line]
@@ -665,15 +732,16 @@ def describe(job, run):
     config, data, params = job.config, job.dataset, run["params"]
     sizes = ", ".join(f"{len(data[f'{split}_y']):,} {word}"
                       for split, word in (("train", "training"), ("val", "validation"), ("test", "test")))
-    binary = sum(params[n].numel() for n in job.names)
+    low = [f"{sum(params[n].numel() for n in names):,} weights of {bits} bit{'s' * (bits > 1)} in {len(names)} layers"
+           for bits in sorted(set(job.bits.values()))
+           if (names := [n for n in job.names if job.bits[n] == bits])]
     skip = ("mode", "model", "dataset", "classes", "preset", "dtype")
     print(f"device     {job.device}, {device_name(job.device)}, {torch.get_num_threads()} threads, "
           f"{config['dtype']}{'' if job.args.dtype else ' (chosen for this machine)'}")
     print(f"data       {data['name']}, {len(data['classes'])} classes: {sizes} images")
     print(f"model      {config['model']}, {sum(p.numel() for p in params.values()):,} parameters; "
-          f"{MODES[config['mode']][1]}" +
-          (f": {binary:,} weights of 1 bit in {len(job.names)} layers" if binary else ""))
-    settings = [f"{k} {v}" for k, v in config.items() if k not in skip]
+          f"{MODES[config['mode']][3]}{': ' if low else ''}{', '.join(low)}")
+    settings = [f"{k} {v}" for k, v in config.items() if k not in skip and v is not None]
     print(f"preset     {config['preset']}: {', '.join(settings)}")
     print(f"time       about {duration(expected_seconds(job, run))} of training", flush=True)
 
@@ -703,7 +771,8 @@ def find_run(args):
 def resumed_args(args, saved):
     """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
     config = saved["config"]
-    own = {**config, "dataset": saved["source"]["dataset"], "paper": config["preset"] == "paper"}
+    own = {**config, **saved["source"], "paper": config["preset"] == "paper"}
+    own = {k: v for k, v in own.items() if k not in ("data_dir", "threads", "device")}
     for key in args.given.keys() & own.keys():
         if args.given[key] not in (own[key], config.get(key)):
             raise ValueError(f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {own[key]}")
@@ -718,6 +787,7 @@ def where(job):
     built_in = job.args.dataset in (None, *STATISTICS, "shapes")
     return {"dataset": job.dataset["name"] if built_in else str(Path(job.args.dataset).resolve()),
             "data_dir": str(Path(job.args.data_dir).resolve()), "threads": torch.get_num_threads(),
+            **{k: job.args.__dict__[k] and str(Path(job.args.__dict__[k]).resolve()) for k in ("init", "teacher")},
             "device": str(job.device)}
 
 
@@ -731,15 +801,68 @@ def prepare_job(args, saved):
     if config["zca"]:
         data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
     model, hyperparam = build_model(config)
-    names = bcq.quantizable(model) if MODES[config["mode"]][0] else []
-    init, update = optimizer(config, bcq.split(model)[0], names)
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
-        names=names, hyperparam=hyperparam, init=init, update=update,
-        steps=len(data["train_y"]) // config["batch_size"],
-        forward=bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply)
+        hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"],
+        teacher=args.teacher and load_network(args.teacher, device))
+    if job.teacher:
+        check_network(job.teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
+    apply_method(job, saved)
+    job.init, job.update = optimizer(config, job.start[0], job.names)
     job.lr_at, job.step = schedule(config, job.steps), make_step(job)
     return job
+
+
+def started(job):
+    """The params and buffers that a training starts from: the model's, or those in the file of --init."""
+    params, buffers = bcq.split(job.model)
+    if not job.args.init:
+        return params, buffers
+    net = load_network(job.args.init, job.device, job.config["model"])
+    trained = {**net.params, **net.meta.get("latent", {})}
+    wrong = [k for k, w in params.items() if k not in trained or trained[k].shape != w.shape]
+    if wrong or net.packed:
+        raise ValueError(f"{job.args.init}: does not fit the model: " + ("it is packed" if net.packed else wrong[0]))
+    return {k: trained[k].float() for k in params}, {k: net.buffers[k] for k in buffers}
+
+
+def apply_method(job, saved):
+    """Adds to the job what its method needs: names, bits, grids, masks, quantizers, forward, start."""
+    config, (quantizer, _, bits, _) = job.config, MODES[job.config["mode"]]
+    mixed_precision = bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply
+    inner = config["mode"] != "xnor"
+    every = bcq.quantizable(job.model, inner, inner)
+    if not every:
+        raise ValueError(f"--mode {config['mode']}: the model has no layer between its first and its last")
+    job.names = every if config["mode"] != "fp32" or config["prune"] else []
+    params, buffers = started(job)
+    job.bits, job.grids, job.masks = dict.fromkeys(job.names, bits or 32), {}, {}
+    images = prepare(job.dataset["train_x"][:min(512, len(job.dataset["train_x"]))], job.dataset)
+    if config["mode"] == "lsq":
+        job.bits = {n: config["w_bits"] if n in every[1:-1] else 8 for n in every}
+        quantizer = {n: bcq.lsq_weights(b) for n, b in job.bits.items()}
+        input_bits = {n: config["a_bits"] if n in every[1:-1] else 8 for n in every}
+        steps, job.grids = bcq.calibrate(job.model, params, buffers, images, input_bits, bcq.least_squares)
+        params |= {f"{n}:step": bcq.lsq_step(params[n], b) for n, b in job.bits.items()} | steps
+    if config["mode"] == "xnor":
+        job.grids = dict.fromkeys(every, (1, 1))
+        smallest, _ = bcq.calibrate(job.model, params, buffers, images, job.bits, lambda x, _: (x.min(), 0))
+        blind = [k.split(":")[0] for k, low in smallest.items() if low >= 0]
+        if blind:
+            raise ValueError(f"--mode xnor: the input of {blind[0]} is never negative (a ReLU before it?), so its "
+                             "sign says nothing: take an activation such as hardtanh")
+    job.deployed = bcq.binarize if config["mode"] == "bc-stochastic" else quantizer
+    if config["prune"]:
+        job.masks = saved["masks"] if saved else bcq.prune(params, every, config["prune"])
+        job.masks = bcq.to_device(job.masks, job.device)
+        job.bits = {n: max(2, b) for n, b in job.bits.items()}
+        of = lambda quantizer, n: quantizer[n] if isinstance(quantizer, dict) else quantizer or (lambda w: w)
+        quantizer, job.deployed = ({n: bcq.masked(of(q, n), mask) for n, mask in job.masks.items()}
+                                   for q in (quantizer, job.deployed))
+    if saved:
+        job.grids = saved["grids"]
+    job.quantizer, job.start = quantizer, (params, buffers)
+    job.forward = bcq.with_inputs(job.grids, mixed_precision) if job.grids else mixed_precision
 
 
 def finished(folder):
@@ -822,8 +945,8 @@ def test(net, data):
 def kinds(path):
     """The distinct values of the weights in a file, over the layers that its method quantizes, in words."""
     content = bcq.read_checkpoint(path)
-    values = torch.cat([content["net"][n].unique() for n in content["names"]]).unique()
-    return ", ".join(f"{v:g}" for v in values.tolist())
+    values = torch.cat([content["net"][n].unique() for n in content["names"]]).unique().tolist()
+    return ", ".join(f"{v:g}" for v in values) if len(values) < 9 else f"{len(values)}"
 
 
 def expect(args, accuracy):
@@ -834,13 +957,57 @@ def expect(args, accuracy):
     return 0
 
 
+def packed(net, bits=None, grids=None, steps=None):
+    """The network as it is deployed: (packed params, buffers); with the bits and grids of its file unless given.
+
+    Batch norm becomes two vectors, folded into the layer before where torch.fx shows that to be right and the
+    layer's weights are not of 1 bit.
+    """
+    if net.packed:
+        return net.params, net.buffers
+    bits = net.meta.get("bits", {}) if bits is None else bits
+    grids = net.meta.get("grids", {}) if grids is None else grids
+    params, buffers = bcq.scale_and_shift(net.model, {**net.params, **(steps or {})}, net.buffers)
+    pairs = {norm: layer for norm, layer in bcq.fold_pairs(net.model).items() if bits.get(f"{layer}.weight") != 1}
+    return bcq.pack(bcq.fold(params, pairs), {k: b for k, b in bits.items() if b <= 8}, grids), buffers
+
+
+THRESHOLDS = {"cifar10": 0.90, "cifar100": 0.80}
+
+
+def costs(model, params, buffers, shape=(3, 32, 32)):
+    """The fields of a record that are counted on a deployed network: layers, bits, operations, scores."""
+    cost = bcq.count_cost(model, params, buffers, shape)
+    layers = [row for row in cost if row["macs"] and row["values"]]
+    usual = lambda key: max(layers, key=lambda row: sum(r["values"] for r in layers if r[key] == row[key]))[key]
+    return {"real_layers": sum(row["w_bits"] > 8 for row in layers), "w_bits": usual("w_bits"),
+            "a_bits": usual("a_bits"), "macs": sum(row["macs"] for row in cost),
+            "zeros": sum(row["zeros"] for row in layers), "course_score": bcq.course_score(cost),
+            "micronet_score": bcq.micronet_score(cost)}
+
+
+def fp32_bytes(net):
+    """The size of a file with the network in fp32, its net alone."""
+    plain = lambda tensors: {k: (t.value() if isinstance(t, bcq.Weight) else t).float()
+                             if t.is_floating_point() else t for k, t in tensors.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp32.pth"
+        bcq.save_checkpoint(path, bcq.state_dict(net.model, plain(net.params), plain(net.buffers)),
+                            net.meta.get("hyperparam"))
+        return path.stat().st_size
+
+
 def record(args, kind, path, config, accuracy, device, dtype, train_seconds, train_images, **more):
     """Appends one JSON line to the file that --record names, and does nothing without it."""
     if not args.record:
         return
     net = load_network(path, "cpu", config["model"])
-    layers = [net.params[name] for name in bcq.quantizable(net.model)]
-    real = sum(len(w.unique()) > 2 for w in layers)
+    bits = net.meta.get("bits", {})
+    if not net.packed:   # not taken on trust: a layer of 1 bit has one magnitude in a filter
+        flat = {k: net.params[k].abs().flatten(1) for k in bits}
+        bits = {k: b for k, b in bits.items() if b > 1 or (flat[k] == flat[k][:, :1]).all()}
+    counted = costs(net.model, *packed(net, bits))
+    whole, size = fp32_bytes(net), path.stat().st_size
     line = {
         "kind": kind, "mode": config["mode"], "dataset": config["dataset"], "model": config["model"],
         "preset": config["preset"], "width": config["width"], "epochs": config["epochs"],
@@ -848,9 +1015,10 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
         "train_images": train_images, "val_images": config["val"], "device": device.type,
         "device_name": device_name(device), "threads": torch.get_num_threads(), "dtype": dtype,
         "test_accuracy": accuracy, "train_seconds": train_seconds,
-        "parameters": sum(p.numel() for p in net.params.values()), "real_layers": real,
-        "w_bits": 8 * max(w.element_size() for w in layers) if real else 1, "a_bits": 8 * net.dtype.itemsize,
-        "file_bytes": path.stat().st_size, **more, "torch": torch.__version__, "commit": commit(),
+        "parameters": sum(p.numel() for p in net.model.parameters()), **counted, "file_bytes": size,
+        "fp32_file_bytes": whole, "shrink": whole / size,
+        "eligible": None if accuracy is None or config["dataset"] not in THRESHOLDS else
+        accuracy >= THRESHOLDS[config["dataset"]], **more, "torch": torch.__version__, "commit": commit(),
         "command": command_line(args), "date": date.today().isoformat(), "config": config}
     Path(args.record).parent.mkdir(parents=True, exist_ok=True)
     with open(args.record, "a") as file:
@@ -954,35 +1122,121 @@ def evaluate_checkpoint(args):
 
 
 def convert(args):
-    """--mode ptq: a network in half precision; accuracy, size, latency before and after: the exit status."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.dtype)
-    if dtype is None:
-        raise ValueError("--mode ptq needs --dtype fp16 or bf16")
+    """--mode ptq and export: a trained network in fewer bits; each version is written, then measured from its
+    file: accuracy, size, latency, side by side: the exit status."""
+    if args.mode == "ptq" and args.dtype not in ("fp16", "bf16", "int8"):
+        raise ValueError("--mode ptq needs --dtype fp16, bf16 or int8")
     device, _ = choose_device(args)
     net = load_network(args.checkpoint, device, args.given.get("model"))
+    if net.packed:
+        raise ValueError(f"{args.checkpoint}: is packed already")
     if args.record and "config" not in net.meta:
         raise ValueError(f"{args.checkpoint}: does not say how it was trained: nothing to --record")
-    meta = {k: v for k, v in net.meta.items() if k not in ("bcq", "hyperparam", "latent", "state", "source")}
     data = checkpoint_data(args, net, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
+    meta = {k: v for k, v in net.meta.items() if k not in ("bcq", "hyperparam", "latent", "state", "source", "masks")}
+    stem = folder / Path(args.checkpoint).stem
+    name, write = version(args, net, data, meta, stem)
+    before = Path(f"{stem}-fp32.pth")
+    as_float(net, torch.float32, meta, before)
+    after = write()
+    nets = [load_network(path, device, net.name) for path in (before, after)]
     print(f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   "
           f"({device}, {torch.get_num_threads()} threads)")
     rows = []
-    for name, target in (("fp32", torch.float32), (args.dtype, dtype)):
-        path = folder / f"{Path(args.checkpoint).stem}-{name}.pth"
-        tensors = [bcq.to_dtype(t, target) for t in (net.params, net.buffers)]
-        bcq.save_checkpoint(path, bcq.state_dict(net.model, *tensors), net.meta.get("hyperparam"), **meta)
-        written = load_network(path, device, net.name)
-        times = [latency(written, data, count) for count in (1, 256)]
-        rows.append((test(written, data)["accuracy"], path.stat().st_size, *times))
-        print(f"{name:10} {rows[-1][0]:9.4f} {rows[-1][1]:12,} {1e3 * times[0]:12.2f} "
+    for label, path, written in zip(("fp32", name), (before, after), nets):
+        result, times = test(written, data), [latency(written, data, count) for count in (1, 256)]
+        rows.append((result["accuracy"], path.stat().st_size, *times))
+        print(f"{label:10} {rows[-1][0]:9.4f} {rows[-1][1]:12,} {1e3 * times[0]:12.2f} "
               f"{1e3 * times[1]:15.1f}   {path}")
+    differ = differences(net, nets[1], data)
+    print(f"changed    {differ} of {len(data['test_y']):,} predictions differ from the checkpoint's")
+    if args.mode == "export":
+        print_sizes(net, after)
     if args.record:
-        before = zip(("fp32_accuracy", "fp32_file_bytes", "fp32_seconds_1", "fp32_seconds_256"), rows[0])
-        record(args, "ptq", path, meta["config"], rows[1][0], device, args.dtype, None, meta["train_images"],
-               seconds_1=rows[1][2], seconds_256=rows[1][3], **dict(before))
+        first = dict(zip(("fp32_accuracy", "fp32_seconds_1", "fp32_seconds_256"), (rows[0][0], *rows[0][2:])))
+        record(args, args.mode, after, meta["config"], rows[1][0], device, name, None, meta["train_images"],
+               method=name, seconds_1=rows[1][2], seconds_256=rows[1][3], predictions_changed=differ, **first)
     return expect(args, rows[1][0])
+
+
+def as_float(net, dtype, meta, path):
+    """Writes the network with its tensors in a floating dtype, inputs real or on the grids of its method."""
+    tensors = [bcq.to_dtype(t, dtype) for t in (net.params, net.buffers)]
+    bcq.save_checkpoint(path, bcq.state_dict(net.model, *tensors), net.meta.get("hyperparam"), **meta)
+    return path
+
+
+def version(args, net, data, meta, stem):
+    """The name of what a network is converted to, and the function that writes it and gives its path."""
+    def packed_to(path, *how):
+        bcq.save_packed(path, net.model, *packed(net, *how), net.meta.get("hyperparam"), **meta)
+        return path
+
+    if args.mode == "export":
+        return net.meta.get("mode", "packed"), lambda: packed_to(Path(f"{stem}.bcq"))
+    if args.dtype in ("fp16", "bf16"):
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+        return args.dtype, lambda: as_float(net, dtype, meta, Path(f"{stem}-{args.dtype}.pth"))
+    bits = dict.fromkeys(bcq.quantizable(net.model), args.given.get("w_bits", 8))
+    if args.inputs == "real":
+        name = f"w{bits[next(iter(bits))]}"
+        return name, lambda: packed_to(Path(f"{stem}-{name}.bcq"), bits, {})
+    if args.inputs == "dynamic":
+        return "int8-dynamic", lambda: packed_to(Path(f"{stem}-int8-dynamic.bcq"), bits, dict.fromkeys(bits, (8, 0)))
+    fit = {"min-max": bcq.min_max, "least-squares": bcq.least_squares}[args.fit]
+    chosen = torch.randperm(len(data["train_y"]), generator=torch.Generator().manual_seed(0))[:1000]
+    images = prepare(data["train_x"][chosen.to(data["train_x"].device)], data)
+    steps, grids = bcq.calibrate(net.model, net.params, net.buffers, images, dict.fromkeys(bits, 8), fit)
+    return "int8", lambda: packed_to(Path(f"{stem}-int8.bcq"), bits, grids, steps)
+
+
+@torch.no_grad()
+def differences(net, other, data):
+    """How many test images two networks put in different classes."""
+    guess = lambda n, x: n.forward(n.model, n.params, n.buffers, x)[0].argmax(1)
+    return sum((guess(net, x) != guess(other, x)).sum().item() for x, _ in batches(data, "test"))
+
+
+def print_sizes(net, path):
+    """Prints the sizes of a network's files in fp32, fp16, int8 and as packed."""
+    whole = fp32_bytes(net)
+    with tempfile.TemporaryDirectory() as folder:
+        half = as_float(net, torch.float16, {}, Path(folder) / "fp16.pth").stat().st_size
+        integer = Path(folder) / "int8.bcq"
+        layers = dict.fromkeys(bcq.quantizable(net.model), 8)
+        plain = argparse.Namespace(**{**vars(net), "params": {k: w for k, w in net.params.items() if ":" not in k}})
+        bcq.save_packed(integer, net.model, *packed(plain, layers, {}), net.meta.get("hyperparam"))
+        sizes = {"fp32": whole, "fp16": half, "int8": integer.stat().st_size, "packed": path.stat().st_size}
+    print("sizes      " + ", ".join(f"{k} {v:,} bytes ({whole / v:.1f} times smaller)" for k, v in sizes.items()))
+
+
+def score(args):
+    """--mode score: what a network costs, layer by layer, both scores, its size and accuracy: the exit status."""
+    device, _ = choose_device(args)
+    net = load_network(args.checkpoint, device, args.given.get("model"))
+    data = checkpoint_data(args, net, device)
+    params, buffers = packed(net)
+    cost = bcq.count_cost(net.model, *bcq.to_device((params, buffers), "cpu"))
+    keys = ("values", "zeros", "w_bits", "a_bits", "macs", "ops")
+    print(f"{'':34} " + " ".join(f"{key:>12}" for key in keys))
+    for row in cost:
+        print(f"{row['layer']:34} " + " ".join(f"{row[key]:12,}" for key in keys))
+    result = test(net, data)
+    threshold = THRESHOLDS.get(data["name"])
+    stored = sum(r["values"] * r["w_bits"] + r["side_bits"] for r in cost)
+    print(f"{'in all':34} {sum(r['values'] for r in cost):12,} values, {stored / 8:,.0f} bytes; "
+          f"{sum(r['macs'] for r in cost):,} multiply-accumulates")
+    print(f"file       {Path(args.checkpoint).stat().st_size:,} bytes")
+    print(f"test       accuracy {result['accuracy']:.4f}" + (f", threshold {threshold:.2f}: " + (
+        "eligible" if result["accuracy"] >= threshold else "not eligible") if threshold else ""))
+    print(f"scores     course {bcq.course_score(cost):.5f} ({bcq.course_score(cost, False):.5f} without credit for "
+          f"zeros), MicroNet {bcq.micronet_score(cost):.5f}")
+    if args.record and "config" in net.meta:
+        record(args, "score", Path(args.checkpoint), net.meta["config"], result["accuracy"], device, args.dtype or
+               "fp32", None, net.meta["train_images"], course_score_without_zeros=bcq.course_score(cost, False))
+    return expect(args, result["accuracy"])
 
 
 @torch.no_grad()
@@ -995,6 +1249,106 @@ def latency(net, data, count):
         net.forward(net.model, net.params, net.buffers, x)[0].sum().item()
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
+
+
+SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
+
+
+def cells(words):
+    """The runs of a sweep: a dict of flags for each combination of KEY=VALUE,VALUE words, or of files of them."""
+    words = [w for word in words for w in (Path(word).read_text().split() if Path(word).is_file() else [word])]
+    grid = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+    for key, values in grid.items():
+        if not re.fullmatch("[a-z-]+", key) or not all(values.split(",")) or key in ("out", "record", "resume"):
+            raise ValueError(f"{key}: a sweep takes KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
+    grid = {key: values.split(",") for key, values in grid.items()}
+    runs = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    for run in runs:
+        if run.get("mode", "bc") != "lsq":
+            run.pop("w-bits", None), run.pop("a-bits", None)
+    return list({json.dumps(run, sort_keys=True): run for run in runs}.values())
+
+
+def sweep(args):
+    """--mode sweep: trains and exports every combination; a finished cell is not run again: the exit status."""
+    runs = cells(args.images or [])
+    if runs == [{}]:
+        raise ValueError("--mode sweep needs KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
+    own = {k: v for k, v in args.given.items() if k not in ("mode", "images", "out", "record", "expect", "resume")}
+    flags = [w for k, v in own.items() for w in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
+    folder = Path(args.out or "runs/sweep")
+    for run in runs:
+        parse_arguments(flags + [f"--{k}={v}" for k, v in run.items()])   # all of them, before the first is run
+    rows = []
+    for run in runs:
+        name = "-".join(SHORT.get(k, k) + Path(v).name.replace(":", "-") for k, v in run.items())
+        cell, words = folder / name, flags + [f"--{k}={v}" for k, v in run.items()]
+        result = cell / "result.jsonl"
+        print(f"cell       {name}", flush=True)
+        if not result.exists():
+            status = main([*words, "--out", str(cell), "--resume"])
+            if status:
+                return status
+            unfinished = cell / "result.tmp"
+            unfinished.unlink(missing_ok=True)
+            places = [w for k in ("data_dir", "dataset", "threads", "device") if k in own
+                      for w in (f"--{k.replace('_', '-')}", str(own[k]))]
+            status = main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record", str(unfinished),
+                           *places])
+            if status:
+                return status
+            os.replace(unfinished, result)
+        rows.append({"name": name, **json.loads(result.read_text().splitlines()[-1])})
+    print_sweep(rows)
+    draw_sweep(folder, rows)
+    print(f"files      {folder / 'size.png'}, {folder / 'scores.png'}")
+    return 0
+
+
+def print_sweep(rows):
+    """The table of a sweep: the networks at or above the threshold, by accuracy, then the others."""
+    print(f"{'':28} {'accuracy':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
+    for row in sorted(rows, key=lambda r: (not r["eligible"], -r["test_accuracy"])):
+        print(f"{row['name']:28} {row['test_accuracy']:9.4f} {row['file_bytes']:11,} {row['course_score']:9.5f} "
+              f"{row['micronet_score']:9.5f}" + ("" if row["eligible"] else "   below the threshold"
+                                                if row["dataset"] in THRESHOLDS else ""))
+
+
+def front(points):
+    """The Pareto front of (cost, accuracy) pairs: those that none beats in both, by cost."""
+    best, kept = -1.0, []
+    for cost, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
+        if accuracy > best:
+            best = accuracy
+            kept.append((cost, accuracy))
+    return kept
+
+
+def draw_sweep(folder, rows):
+    """Draws accuracy against size on disk, and against each score, with labels and the Pareto front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    pictures = {"size.png": {"file_bytes": "bytes on disk"},
+                "scores.png": {"course_score": "course score", "micronet_score": "MicroNet score"}}
+    for file, axes_of in pictures.items():
+        figure, axes = plt.subplots(1, len(axes_of), figsize=(7 * len(axes_of), 5), layout="constrained", squeeze=False)
+        for ax, (key, label) in zip(axes[0], axes_of.items()):
+            points = [(row[key], 100 * row["test_accuracy"]) for row in rows]
+            ax.plot(*zip(*front(points)), color="C1", zorder=1, label="Pareto front", drawstyle="steps-post")
+            ax.scatter(*zip(*points), zorder=2)
+            for row, point in zip(rows, points):
+                ax.annotate(row["name"], point, textcoords="offset points", xytext=(5, 4), fontsize=8)
+            threshold = THRESHOLDS.get(rows[0]["dataset"])
+            if threshold:
+                ax.axhline(100 * threshold, color="gray", linestyle="--", label=f"threshold, {100 * threshold:g} %")
+            ax.set(xscale="log", xlabel=label, ylabel=f"test accuracy on {rows[0]['dataset']}, %")
+            ax.margins(x=0.2, y=0.1)
+            ax.legend(loc="lower right")
+        figure.savefig(folder / file, dpi=110)
+        plt.close(figure)
 
 
 def predict(args):
@@ -1065,7 +1419,7 @@ def parse_arguments(argv):
     parser.error = complain
     add = parser.add_argument
     preset_says = "default: the preset's"
-    add("--mode", choices=[*MODES, "ptq", "eval", "predict"], help="what to do (default: bc)")
+    add("--mode", choices=[*MODES, "ptq", "export", "eval", "score", "sweep", "predict"], help="what to do (default: bc)")
     add("--dataset",
         help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
     add("--data-dir",
@@ -1078,6 +1432,12 @@ def parse_arguments(argv):
     add("--batch-size", type=number(int, 1), help=preset_says)
     add("--lr", type=number(float, 0), help=f"peak learning rate ({preset_says})")
     add("--optimizer", choices=OPTIMIZERS, help=preset_says)
+    add("--w-bits", type=number(int, 2, 8), help="bits of the weights, with lsq and ptq (default: 4; ptq: 8)")
+    add("--a-bits", type=number(int, 2, 8), help="bits of the layers' inputs, with lsq (default: 4)")
+    add("--init", help="start from the weights in this checkpoint (default: random ones)")
+    add("--teacher", help="learn from the probabilities that the network in this checkpoint gives, too")
+    add("--mix", choices=["mixup", "cutmix"], help="mix the images of a batch (default: no)")
+    add("--prune", type=number(float, 0, 0.99), help="keep this share of the weights at zero (default: 0)")
     add("--seed", type=number(int, 0), help="default: 0")
     add("--val", type=number(int, 0),
         help="training images held out for validation (default: 5000, or a tenth if that is less)")
@@ -1086,8 +1446,11 @@ def parse_arguments(argv):
     add("--out", help="folder of the run (default: a new one, runs/MODE-MODEL-N)")
     add("--resume", nargs="?", const=True, help="go on with the run in this folder (or in --out)")
     add("--checkpoint", help="file to convert, evaluate or predict with")
-    add("--dtype", choices=["fp32", "bf16", "fp16"],
-        help="of training, fp32 or bf16 (default: bf16 where it is fast); of the conversion, fp16 or bf16")
+    add("--dtype", choices=["fp32", "bf16", "fp16", "int8"],
+        help="of training, fp32 or bf16 (default: bf16 where it is fast); of ptq, fp16, bf16 or int8")
+    add("--inputs", choices=["static", "dynamic", "real"],
+        help="of int8: calibrated before, measured in each batch, or not quantized (default: static)")
+    add("--fit", choices=["min-max", "least-squares"], help="how static inputs are calibrated (default: min-max)")
     add("--subset", type=subset,
         help="train on so many images; with a point, on that fraction (default: all)")
     add("--classes", type=number(int, 2), help="only the first so many classes (default: all)")
@@ -1095,18 +1458,18 @@ def parse_arguments(argv):
     add("--paper", action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)")
     add("--record", nargs="?", const="results/records.jsonl",
         help="append the figures to a file (default: results/records.jsonl)")
-    add("images", nargs="*", help="images for --mode predict")
+    add("images", nargs="*", help="images for --mode predict; for sweep KEY=VALUE,VALUE of flags, or files of those")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v != []}
     unset = dict.fromkeys(("dataset", "width", "val", "device", "threads", "out", "resume", "checkpoint",
-                           "dtype", "subset", "classes", "expect", "record", "images"))
-    own = {"mode": "bc", "model": "vgg_bc" if "paper" in given else "fast", "data_dir": "data", "seed": 0,
+                           "dtype", "subset", "classes", "expect", "record", "images", "init", "teacher"))
+    own = {"inputs": "static", "fit": "min-max", "mode": "bc", "model": "vgg_bc" if "paper" in given else "fast", "data_dir": "data", "seed": 0,
            "paper": False}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
-    if args.images and args.mode != "predict":
-        raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files")
-    if args.mode in MODES and args.dtype == "fp16":
+    if args.images and args.mode not in ("predict", "sweep"):
+        raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, and sweep KEY=VALUE,VALUE")
+    if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(
-            "--dtype fp16 is for --mode ptq: latent weights in half precision would lose small updates")
+            f"--dtype {args.dtype} is for --mode ptq: latent weights in so few bits would lose small updates")
     return args
 
 
@@ -1114,7 +1477,8 @@ def main(argv=None):
     """Runs a command line: the exit status, 2 with one line on stderr where something is wrong with it."""
     try:
         args = parse_arguments(argv)
-        job = {"ptq": convert, "eval": evaluate_checkpoint, "predict": predict}.get(args.mode, train)
+        job = {"ptq": convert, "export": convert, "eval": evaluate_checkpoint, "score": score, "sweep": sweep,
+               "predict": predict}.get(args.mode, train)
         return job(args)
     except (ValueError, OSError) as error:
         print(f"run.py: {one_line(error)}", file=sys.stderr)

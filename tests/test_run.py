@@ -411,7 +411,7 @@ def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained
     args = run.parse_arguments(["--record", str(tmp_path / "r.jsonl")])
     run.record(args, "train", tmp_path / "m.pth", content["config"], 0.5, torch.device("cpu"), "fp32", 1, 2)
     line = json.loads((tmp_path / "r.jsonl").read_text())
-    assert line["real_layers"] == 1 and line["w_bits"] == 32
+    assert line["real_layers"] == 1 and line["w_bits"] == 1   # the bits of most weights
 
 
 # --- bad input: one clear line, exit 2, nothing lost ---
