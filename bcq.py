@@ -17,6 +17,7 @@ import io
 import os
 import struct
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -100,10 +101,9 @@ def quantizable(model, first=True, last=True):
 
 def _known(params, names):
     """The names as a set. Raises KeyError for those that are not in params."""
-    names = set(names)
-    if names - params.keys():
-        raise KeyError(f"no such parameter: {', '.join(sorted(names - params.keys()))}")
-    return names
+    if set(names) - params.keys():
+        raise KeyError(f"no such parameter: {', '.join(sorted(set(names) - params.keys()))}")
+    return set(names)
 
 def quantize_params(params, names, quantizer, noise=None):
     """The params with quantizer(w) in place of each w in names: the weights that the network computes with.
@@ -386,8 +386,7 @@ def lsq(x, step, low, high, size):
     """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
     size: how many values share the step: the weight's, or the features of one image; the step's gradient is
     scaled by 1 / sqrt(size * high). Source: LSQ, Esser et al. 2020, arXiv:1902.08153, section 2."""
-    scaled = step * (size * max(high, 1)) ** -0.5
-    step = step.detach() + (scaled - scaled.detach())
+    step = straight_through(step * (size * max(high, 1)) ** -0.5, step)
     v = (x / step).clamp(low, high)
     return straight_through(v, v.round()) * step
 
@@ -395,14 +394,9 @@ def lsq_weights(bits):
     """The quantizer(w, step) of weights on the signed grid of so many bits, 2 or more."""
     return lambda w, step: lsq(w, step, -2 ** (bits - 1), 2 ** (bits - 1) - 1, w.numel())
 
-def lsq_step(w, bits):
-    """The step that LSQ starts from, 2 mean abs(w) / sqrt(high), without dimensions. Source: section 2.1."""
-    return 2 * w.abs().mean() / (2 ** (bits - 1) - 1) ** 0.5
-
 def _wrap(params, names, around):
     """The params with, for each name, a Weight whose layer is layer(around(name, x), w, ...)."""
-    def weight(name, w):
-        return Weight(w, lambda layer, x, **more: layer(around(name, x), w, **more), lambda: w)
+    weight = lambda name, w: Weight(w, lambda layer, x, **more: layer(around(name, x), w, **more), lambda: w)
     return {k: weight(k, w) if k in _known(params, names) else w for k, w in params.items()}
 
 def with_inputs(grids, forward=apply):
@@ -453,12 +447,12 @@ def _int_mm(a, b):
         a, b = F.pad(a, (0, -k % 8, 0, max(0, 17 - m))), F.pad(b, (0, -n % 8, 0, -k % 8))
     return torch._int_mm(a, b)[:m, :n]
 
-def _onednn(codes, w, step, zero, scale, shift, stride, padding, dilation, groups):
+def _onednn(codes, w, step, zero, scale, shift, prepack, *geometry):
     """A convolution in integers, uint8 by int8, and scale and shift in the same pass: oneDNN's, on a CPU."""
-    op, geometry = torch.ops.onednn, (stride, padding, dilation, groups)
-    packed = op.qconv_prepack(w, scale, step, zero, *geometry, codes.shape)
-    return op.qconv2d_pointwise(codes, step, zero, packed, scale, torch.zeros_like(scale).long(), shift,
-                                *geometry, 1.0, 0, torch.float32, "none", [], "")
+    packed = prepack(w, scale, step, zero, *geometry, codes.shape)
+    zeros = torch.zeros_like(scale).long()
+    return torch.ops.onednn.qconv2d_pointwise(codes, step, zero, packed, scale, zeros, shift, *geometry, 1.0, 0,
+                                              torch.float32, "none", [], "")
 
 @functools.cache
 def _exact(kernel, device):
@@ -468,7 +462,8 @@ def _exact(kernel, device):
     try:
         if kernel is _int_mm:
             return bool((_int_mm(w, w) == 64 * 127**2).all())
-        sums = kernel(x, w[..., None, None], 1.0, 0, one, 0 * one, (1, 1), (0, 0), (1, 1), 1)
+        sums = kernel(x, w[..., None, None], 1.0, 0, one, 0 * one, torch.ops.onednn.qconv_prepack,
+                      (1, 1), (0, 0), (1, 1), 1)
         return bool((sums == 64 * 255 * 127).all())
     except (RuntimeError, AttributeError, TypeError):
         return False
@@ -505,8 +500,11 @@ def input_codes(x, grid, step=None):
         return 2 * (x >= 0).to(torch.uint8), 1.0, 1
     if step is None:
         step, zero = min_max(x, bits)
-    codes = (x / step).round_()
-    return codes.add_(zero).clamp_(0, 2**bits - 1).to(torch.uint8), float(step), zero
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    for part, out in zip(x.split(4), codes.split(4)):   # which stays in the processor's cache
+        q = (part / step).round_()
+        out.copy_((q.add_(zero) if zero else q).clamp_(0, 2**bits - 1))
+    return codes, float(step), zero
 
 def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, step=None):
     """The tensor of a deployed network that is made of these parts, which are moved and saved as they are.
@@ -515,21 +513,22 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
     None to find it in each batch; without a grid, inputs stay real. No codes: a folded batch norm."""
     parts = {"codes": codes, "bits": bits, "shape": shape, "scale": scale, "shift": shift, "grid": grid,
              "step": step}
+    prepared = functools.cache(lambda: integers(**parts))
+    prepack = functools.lru_cache(1)(lambda *its: torch.ops.onednn.qconv_prepack(*its))
     value = lambda: codes if bits > 8 else integers(**parts) * _by_filter(scale, len(shape))
     def compute(layer, x, bias=None, **geometry):
         bias = bias if shift is None else shift if bias is None else bias + shift
         if grid is None:
-            return layer(x, value().to(x.dtype), bias if bias is None else bias.to(x.dtype), **geometry)
+            return layer(x, value().to(x.dtype), None if bias is None else bias.to(x.dtype), **geometry)
         bias = torch.zeros_like(scale) if bias is None else bias.float()
-        return _integer_layer(x.float(), parts, bias, **geometry)
+        return _integer_layer(x.float(), parts, prepared(), prepack, bias, **geometry)
     if codes is None:
         return Weight(torch.empty(0), None, lambda: torch.zeros(shape), parts)
     return Weight(codes, compute, value, parts)
 
-def _integer_layer(x, parts, bias, stride=1, padding=0, dilation=1, groups=1):
+def _integer_layer(x, parts, w, prepack, bias, stride=1, padding=0, dilation=1, groups=1):
     """A linear layer, or a convolution, of float32 inputs by a deployed weight, in integers: float32."""
-    w, scale = integers(**parts), parts["scale"]
-    codes, step, zero = input_codes(x, parts["grid"], parts["step"])
+    (codes, step, zero), scale = input_codes(x, parts["grid"], parts["step"]), parts["scale"]
     if w.ndim == 2:   # a linear layer: a convolution of images of one pixel
         codes, w = codes.reshape(-1, codes.shape[-1], 1, 1), w[..., None, None]
     pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
@@ -538,7 +537,7 @@ def _integer_layer(x, parts, bias, stride=1, padding=0, dilation=1, groups=1):
         codes, padding = F.pad(codes, (v // 2, v - v // 2, h // 2, h - h // 2), value=zero), 0
     geometry = (pair(stride), pair(padding), pair(dilation), groups)
     if _exact(_onednn, codes.device) and w[0].numel() < 2**16:
-        out = _onednn(codes, w, step, zero, scale, bias, *geometry)
+        out = _onednn(codes, w, step, zero, scale, bias, prepack, *geometry)
     else:
         sums = integer_conv2d(codes, w, zero, *geometry)
         out = torch.addcmul(bias.view(1, -1, 1, 1), sums, (step * scale).view(1, -1, 1, 1))

@@ -843,7 +843,7 @@ def apply_method(job, saved):
         quantizer = {n: bcq.lsq_weights(b) for n, b in job.bits.items()}
         input_bits = {n: config["a_bits"] if n in every[1:-1] else 8 for n in every}
         steps, job.grids = bcq.calibrate(job.model, params, buffers, images, input_bits, bcq.least_squares)
-        params |= {f"{n}:step": bcq.lsq_step(params[n], b) for n, b in job.bits.items()} | steps
+        params |= {f"{n}:step": bcq.least_squares(params[n], b)[0] for n, b in job.bits.items()} | steps
     if config["mode"] == "xnor":
         job.grids = dict.fromkeys(every, (1, 1))
         smallest, _ = bcq.calibrate(job.model, params, buffers, images, job.bits, lambda x, _: (x.min(), 0))
