@@ -380,7 +380,7 @@ class Weight(torch.Tensor):
 def sign_input(x):
     """sign(x), sign(0) = +1, with the gradient cut where abs(x) > 1: the activations of XNOR-Net.
     Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016, arXiv:1602.02830."""
-    return straight_through(x.clamp(-1, 1), torch.where(x >= 0, 1.0, -1.0).to(x.dtype))
+    return straight_through(torch.where(x.abs() <= 1, x, 0.0), torch.where(x >= 0, 1.0, -1.0).to(x.dtype))
 
 def lsq(x, step, low, high, size):
     """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
@@ -450,9 +450,9 @@ def _int_mm(a, b):
 def _onednn(codes, w, step, zero, scale, shift, prepack, *geometry):
     """A convolution in integers, uint8 by int8, and scale and shift in the same pass: oneDNN's, on a CPU."""
     packed = prepack(w, scale, step, zero, *geometry, codes.shape)
-    zeros = torch.zeros_like(scale).long()
-    return torch.ops.onednn.qconv2d_pointwise(codes, step, zero, packed, scale, zeros, shift, *geometry, 1.0, 0,
-                                              torch.float32, "none", [], "")
+    zeros, last = torch.zeros_like(scale).long(), (1.0, 0, torch.float32, "none", [], "")
+    convolve = torch.ops.onednn.qconv2d_pointwise
+    return convolve(codes, step, zero, packed, scale, zeros, shift, *geometry, *last)
 
 @functools.cache
 def _exact(kernel, device):

@@ -98,8 +98,9 @@ def optimizer(settings, params, names):
             matrices, bcq.muon(settings["momentum"]),
             bcq.scale_lr(bcq.sgd(settings["rest_momentum"], nesterov=True), settings["rest_lr"])),
     }
-    steps = {k: settings["step_lr"] for k in params if ":" in k}
-    return bcq.scale_lr(build[settings["optimizer"]](), {**settings.get("lr_scale", {}), **steps})
+    pair = bcq.scale_lr(build[settings["optimizer"]](), settings.get("lr_scale", {}))
+    steps = {k: settings["step_lr"] * p.item() for k, p in params.items() if ":" in k}   # relative to the step
+    return bcq.by_name(steps, bcq.scale_lr(bcq.adam(), steps), pair) if steps else pair
 
 
 # ------------------------------------------------------------------------------------------------------
