@@ -522,9 +522,8 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
             return layer(x, value().to(x.dtype), None if bias is None else bias.to(x.dtype), **geometry)
         bias = torch.zeros_like(scale) if bias is None else bias.float()
         return _integer_layer(x.float(), parts, prepared(), prepack, bias, **geometry)
-    if codes is None:
-        return Weight(torch.empty(0), None, lambda: torch.zeros(shape), parts)
-    return Weight(codes, compute, value, parts)
+    value = value if codes is not None else lambda: torch.zeros(shape)
+    return Weight(torch.empty(0) if codes is None else codes, compute, value, parts)
 
 def _integer_layer(x, parts, w, prepack, bias, stride=1, padding=0, dilation=1, groups=1):
     """A linear layer, or a convolution, of float32 inputs by a deployed weight, in integers: float32."""
@@ -554,7 +553,8 @@ def unpack_bits(data, bits, shape):
     """The uint8 integers of that shape that pack_bits made bytes of."""
     count, width = torch.Size(shape).numel(), bits if 8 % bits == 0 else 1
     place = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
-    spread = ((data[:, None] >> place) & (2**width - 1)).flatten()[:count * bits // width].view(count, -1)
+    spread = ((data[:, None] >> place) & (2**width - 1)).flatten()
+    spread = spread[:count * bits // width].view(count, bits // width)
     codes = spread[:, 0]
     for i in range(1, spread.shape[1]):
         codes = codes | spread[:, i] << i

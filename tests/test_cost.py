@@ -1,0 +1,178 @@
+"""Costs and scores: the published baselines, and every wrong count that has been seen."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import bcq
+import models
+
+G = torch.Generator().manual_seed(0)
+
+
+def nonzero(params):
+    """The params without zeros, so that none counts as pruned."""
+    return {k: torch.where(p == 0, 1e-3, p) for k, p in params.items()}
+
+
+def cost_of(model, dtype=torch.float32, shape=(3, 32, 32), **packing):
+    params, buffers = bcq.split(model)
+    params = bcq.to_dtype(nonzero(params), dtype)
+    params = bcq.pack(params, **packing) if packing else params
+    return bcq.count_cost(model, params, buffers, shape)
+
+
+def macs(cost):
+    return sum(row["macs"] for row in cost)
+
+
+def test_resnet18_in_half_precision_scores_what_the_course_says():
+    cost = cost_of(models.resnet18(), torch.float16)
+    assert sum(row["values"] for row in cost) == 11_173_962 and macs(cost) == 555_422_720
+    assert abs(bcq.course_score(cost) - 1.9895) < 5e-5
+
+
+def test_wideresnet_28_10_in_32_bits_scores_2_in_micronet():
+    cost = cost_of(models.wrn())
+    assert abs(sum(row["values"] for row in cost) / 36.5e6 - 1) < 1e-3
+    assert abs(2 * macs(cost) / 10.49e9 - 1) < 1e-3
+    assert abs(bcq.micronet_score(cost) - 2) < 0.002
+    assert abs(bcq.micronet_score(cost, freebie=True) - (0.5 + 0.25 + 0.5)) < 0.002   # additions stay at 32
+
+
+def test_resnet20_scores_what_the_facts_of_the_field_say():
+    model = models.resnet20()
+    names = bcq.quantizable(model)
+    signs = lambda p: {k: bcq.binarize(w) if k in names else w for k, w in nonzero(p).items()}
+    params, buffers = bcq.split(model)
+    score = lambda bits, grids: bcq.course_score(bcq.count_cost(
+        model, bcq.pack(signs(params), dict.fromkeys(names, bits), grids), buffers))
+    step = {f"{n}:input_step": torch.tensor(0.1) for n in names}
+    assert macs(cost_of(model)) == 40_551_040
+    assert abs(bcq.course_score(cost_of(model, torch.float16)) - 0.0965) < 1e-4
+    assert abs(score(1, {}) - 0.146) < 1.5e-3                # only storage is saved
+    params |= step
+    assert abs(score(1, dict.fromkeys(names, (8, 0))) - 0.0377) < 1e-3
+    assert abs(score(1, dict.fromkeys(names, (4, 0))) - 0.0196) < 1e-3
+
+
+def test_macs_are_those_of_the_definition_with_groups_strides_and_dilation_honoured():
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4), nn.Conv2d(8, 6, (1, 3), dilation=2),
+                          nn.Flatten(), nn.Linear(6 * 8 * 4, 5))
+    rows = {row["layer"]: row for row in cost_of(model, shape=(4, 16, 16)) if row["macs"]}
+    assert rows["0.weight"]["macs"] == 8 * 8 * 8 * (4 // 4 * 9)
+    assert rows["1.weight"]["macs"] == 6 * 8 * 4 * (8 * 3)
+    assert rows["3.weight"]["macs"] == 192 * 5 and rows["3.weight"]["terms"] == 192
+
+
+def test_a_layer_used_twice_is_stored_once_and_computed_twice():
+    layer = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+    cost = cost_of(nn.Sequential(layer, layer), shape=(3, 8, 8))
+    assert sum(r["values"] for r in cost) == 81 and macs(cost) == 2 * 64 * 3 * 27
+
+
+def test_the_parts_of_the_score_are_summed_by_hand_for_a_small_network():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    cost = cost_of(model, shape=(3, 6, 6))
+    multiply_accumulates = 4 * 16 * 27
+    assert math.isclose(bcq.course_score(cost), (108 + 8) / 5.6e6 + multiply_accumulates / 2.8e8)
+    operations = 2 * multiply_accumulates - 64 + 2 * 64 + 64           # products, sums, batch norm, ReLU
+    assert math.isclose(bcq.micronet_score(cost), (108 + 8) / 36.5e6 + operations / 10.49e9)
+
+
+def test_one_bit_weights_alone_do_not_make_operations_cheaper():
+    model = models.fast(width=0.25)
+    names = bcq.quantizable(model)
+    params, buffers = bcq.split(model)
+    weights = bcq.quantize_params(params, names, bcq.binarize)
+    cost = bcq.count_cost(model, bcq.pack(weights, dict.fromkeys(names, 1)), buffers)
+    layers = [row for row in cost if row["macs"]]
+    assert all((row["w_bits"], row["a_bits"]) == (1, 32) for row in layers)
+    assert bcq.course_score(cost) > macs(cost) / 2.8e8
+
+
+def test_bits_of_inputs_are_those_that_the_layer_really_rounds_to():
+    model = models.fast(width=0.25)
+    names = bcq.quantizable(model)
+    steps = {f"{n}:input_step": torch.tensor(0.1) for n in names[1:]}
+    params, buffers = bcq.split(model)
+    packed = bcq.pack({**params, **steps}, dict.fromkeys(names, 8), {n: (4, 0) for n in names[1:]})
+    rows = {row["layer"]: row["a_bits"] for row in bcq.count_cost(model, packed, buffers)}
+    assert rows[names[0]] == 32 and all(rows[n] == 4 for n in names[1:])
+
+
+def test_weights_that_are_plus_minus_1_in_floats_count_as_the_floats_that_they_are():
+    model = models.fast(width=0.25)
+    names = bcq.quantizable(model)
+    params, buffers = bcq.split(model)
+    cost = bcq.count_cost(model, bcq.quantize_params(params, names, bcq.binarize), buffers)
+    assert all(row["w_bits"] == 32 for row in cost if row["layer"] in names)
+
+
+def pruned_cost(share, bits=None):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10, bias=False))
+    params, buffers = bcq.split(model)
+    masks = bcq.prune(params, ["1.weight"], share)
+    weights = bcq.quantize_params(params, ["1.weight"], {"1.weight": bcq.masked(lambda w: w, masks["1.weight"])})
+    return bcq.count_cost(model, bcq.pack(weights, {"1.weight": bits} if bits else {}), buffers, (3, 4, 4))
+
+
+def test_zeros_are_credited_once_in_storage_and_never_in_the_courses_operations():
+    whole, half = pruned_cost(0), pruned_cost(0.5)
+    assert half[0]["zeros"] == 240
+    assert math.isclose(bcq.course_score(half), 240 / 5.6e6 + 480 / 2.8e8)
+    assert math.isclose(bcq.course_score(half, credit_zeros=False), bcq.course_score(whole))
+
+
+def test_zeros_pay_a_mask_in_micronets_storage_and_save_its_operations():
+    half = pruned_cost(0.5)
+    storage, operations = 240 + 480 / 32, 240 + 240 - 10
+    assert math.isclose(bcq.micronet_score(half), storage / 36.5e6 + operations / 10.49e9)
+    few = pruned_cost(0.01)   # where the mask costs more than it saves, there is none
+    assert bcq.micronet_score(few) <= bcq.micronet_score(pruned_cost(0))
+
+
+def test_the_largest_share_of_zeros_is_all_of_them():
+    cost = pruned_cost(0.99)
+    assert 0 < bcq.course_score(cost) < bcq.course_score(pruned_cost(0))
+    assert all(row["zeros"] <= row["values"] for row in cost)
+
+
+def test_channels_that_were_cut_are_counted_by_the_tensors_as_they_are():
+    narrow, wide = (bcq.course_score(cost_of(models.fast(width=w))) for w in (0.25, 0.5))
+    assert 0.2 < narrow / wide < 0.35
+
+
+def test_accumulator_policies_price_additions_alone():
+    cost = [{"layer": "w", "values": 100, "zeros": 0, "w_bits": 4, "side_bits": 0, "a_bits": 4, "macs": 1000,
+             "terms": 100, "outputs": 10, "ops": 0}]
+    storage, products, additions = 400 / 32 / 36.5e6, 1000 * 4, 990
+    for policy, bits in ((bcq.fp32_sums, 32), (bcq.exact_sums, 4 + 4 + 7), (bcq.adder_tree, 4 + 4 + 1)):
+        expected = storage + (products + additions * bits) / 32 / 10.49e9
+        assert math.isclose(bcq.micronet_score(cost, policy), expected)
+    cost[0] |= {"w_bits": 1, "a_bits": 32}
+    expected = 100 / 32 / 36.5e6 + (1000 * 1 + additions * 33) / 32 / 10.49e9
+    assert math.isclose(bcq.micronet_score(cost, bcq.adder_tree), expected)
+    cost[0] |= {"a_bits": 8}     # no sign bit of its own: the product costs what the wider operand does
+    expected = 100 / 32 / 36.5e6 + (1000 * 8 + additions * 9) / 32 / 10.49e9
+    assert math.isclose(bcq.micronet_score(cost, bcq.adder_tree), expected)
+
+
+def test_counting_needs_no_data_and_does_not_touch_the_network():
+    model = models.mobilenetv2(width=0.25)
+    params, buffers = bcq.split(model)
+    before = {k: p.clone() for k, p in params.items()}
+    cost = bcq.count_cost(model, params, buffers)
+    assert all(torch.equal(before[k], params[k]) for k in params) and model.training
+    assert sum(row["values"] for row in cost) == sum(p.numel() for p in params.values())
+    assert any("hardtanh" in row["layer"] or "relu" in row["layer"] for row in cost if row["ops"])
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_network_of_models_is_counted(name):
+    if name == "wrn":
+        return
+    cost = cost_of(models.MODELS[name](width=0.25))
+    assert macs(cost) > 0 and bcq.course_score(cost) > 0 and bcq.micronet_score(cost) > 0

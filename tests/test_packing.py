@@ -1,0 +1,248 @@
+"""Files that are really small: bits in, bits out, every byte under the checksum; batch norm folded or not."""
+
+import os
+
+import pytest
+import torch
+from conftest import Small, same
+from torch import nn
+
+import bcq
+import models
+
+G = torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shape", [(1, ), (7, ), (3, 5), (4, 3, 3, 3), (0, )])
+def test_packed_codes_come_back_and_take_the_bytes_that_they_must(bits, shape):
+    codes = torch.randint(0, 2**bits, shape, generator=G)
+    data = bcq.pack_bits(codes, bits)
+    assert data.dtype == torch.uint8 and len(data) == -(-codes.numel() * bits // 8)
+    assert torch.equal(bcq.unpack_bits(data, bits, shape).long(), codes)
+
+
+def test_the_layout_of_packed_bits_is_low_bits_first():
+    assert bcq.pack_bits(torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1]), 1).tolist() == [1, 1]
+    assert bcq.pack_bits(torch.tensor([3, 0, 1, 2]), 2).tolist() == [3 + (1 << 4) + (2 << 6)]
+    assert bcq.pack_bits(torch.tensor([5, 3]), 3).tolist() == [5 + (3 << 3)]
+
+
+QUANTIZERS = {"bc": (bcq.binarize, 1), "bwn": (bcq.binarize_scaled, 1), "he": (bcq.binarize_he, 1),
+              "ternary": (bcq.ternarize, 2)}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_packed_weights_are_the_quantized_weights_to_the_last_bit(name):
+    quantizer, bits = QUANTIZERS[name]
+    w = {"w": torch.randn(6, 4, 3, 3, generator=G)}
+    q = bcq.quantize_params(w, ["w"], quantizer)
+    assert torch.equal(bcq.pack(q, {"w": bits})["w"].value(), q["w"])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_on_an_lsq_grid_are_packed_to_the_last_bit(bits):
+    params = {"w": torch.randn(6, 4, 3, 3, generator=G), "w:step": torch.tensor(0.13)}
+    q = bcq.quantize_params(params, ["w"], bcq.lsq_weights(bits))
+    packed = bcq.pack(q, {"w": bits})
+    assert packed.keys() == {"w"} and torch.equal(packed["w"].value(), q["w"].detach())
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_real_weights_are_rounded_to_the_nearest_of_their_filters_grid(bits):
+    w = torch.randn(5, 40, generator=G)
+    w[2] = 0
+    top = 2 ** (bits - 1) - 1
+    scale = (w.abs().amax(1, keepdim=True) / top).clamp(min=1e-9)
+    found = bcq.pack({"w": w}, {"w": bits})["w"].value()
+    assert ((found - w).abs() <= 0.5001 * scale).all() and not found[2].any()
+
+
+def test_real_weights_do_not_pass_for_1_bit():
+    with pytest.raises(ValueError, match="w: its filters have more than two values"):
+        bcq.pack({"w": torch.tensor([[1.0, -0.5]])}, {"w": 1})
+
+
+def test_a_deployed_tensor_shows_its_values_to_all_but_its_layer():
+    w = torch.randn(6, 4, 3, 3, generator=G)
+    packed = bcq.pack({"w": bcq.binarize(w)}, {"w": 1})["w"]
+    assert packed.shape == w.shape and packed.numel() == w.numel()
+    assert torch.equal(packed * 2, 2 * bcq.binarize(w)) and torch.equal(torch.add(1, other=packed), 1 + bcq.binarize(w))
+    assert packed.parts["codes"].numel() == 27 and packed.parts["codes"].dtype == torch.uint8
+
+
+def trained(model, size=8, channels=3):
+    params, buffers = bcq.split(model)
+    params = {k: p + 0.3 * torch.randn(p.shape, generator=G) if "norm" in k else p for k, p in params.items()}
+    for _ in range(10):
+        x = torch.randn(16, channels, size, size, generator=G)
+        _, buffers = bcq.apply(model, params, buffers, x, train=True)
+    return params, buffers
+
+
+def test_batch_norm_as_scale_and_shift_computes_the_same(small):
+    params, buffers = trained(small)
+    x = torch.randn(8, 3, 8, 8, generator=G)
+    p, b = bcq.scale_and_shift(small, params, buffers)
+    assert torch.allclose(bcq.apply(small, p, b, x)[0], bcq.apply(small, params, buffers, x)[0], atol=1e-5)
+    assert not b["norm.running_mean"].any() and p["norm.weight"].numel() == 8
+
+
+def test_batch_norm_without_weights_is_two_vectors_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    params, buffers = trained(model)
+    p, b = bcq.scale_and_shift(model, params, buffers)
+    assert same(p, params) and same(b, buffers) and bcq.fold_pairs(model) == {}
+
+
+class Traps(nn.Module):
+    """Batch norms that may be folded, and those that may not."""
+
+    def __init__(self):
+        super().__init__()
+        self.right, self.norm_right = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.pooled, self.norm_pooled = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.forked, self.norm_forked = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.shared, self.norm_shared = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.linear, self.norm_linear = nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        x = self.norm_right(self.right(x)).relu()
+        x = self.norm_pooled(torch.max_pool2d(self.pooled(x), 2)).relu()
+        y = self.forked(x)
+        x = self.norm_forked(y).relu() + y
+        x = self.norm_shared(self.shared(self.shared(x))).relu()
+        return self.norm_linear(self.linear(x.mean((2, 3))))
+
+
+def test_only_a_batch_norm_right_behind_a_layer_of_its_own_is_folded():
+    assert bcq.fold_pairs(Traps()) == {"norm_right": "right", "norm_linear": "linear"}
+
+
+def test_a_model_that_cannot_be_traced_is_not_folded():
+    class Branches(Small):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    assert bcq.fold_pairs(Branches()) == {}
+    assert bcq.fold_pairs(models.resnet18())["blocks.0.norm1"] == "blocks.0.conv1"
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_folding_computes_the_same_and_leaves_its_arguments_alone(bits):
+    torch.manual_seed(0)
+    model = Traps()
+    params, buffers = trained(model)
+    x = torch.randn(8, 3, 8, 8, generator=G)
+    before = {k: p.clone() for k, p in params.items()}
+    p, b = bcq.scale_and_shift(model, params, buffers)
+    folded = bcq.fold(p, bcq.fold_pairs(model))
+    names = {n: bits for n in bcq.quantizable(model) if bits == 8}
+    found, expected = (bcq.apply(model, bcq.pack(q, names), b, x)[0] for q in (folded, p))
+    assert torch.allclose(found, expected, atol=1e-5 if bits == 32 else 1e-3)
+    assert same(before, params)
+    with pytest.raises(KeyError, match="none.weight"):
+        bcq.fold(p, {"norm_right": "none"})
+
+
+def test_batch_norm_is_never_folded_into_weights_of_1_bit():
+    import run
+
+    model = models.fast(width=0.125)
+    params, buffers = bcq.split(model)
+    weights = bcq.quantize_params(params, bcq.quantizable(model), bcq.binarize)
+    bits = dict.fromkeys(bcq.quantizable(model), 1)
+    net = run.argparse.Namespace(model=model, params=weights, buffers=buffers, meta={"bits": bits}, packed=False)
+    packed, _ = run.packed(net)
+    assert all(set(packed[n].value().unique().tolist()) == {-1, 1} for n in bits)
+    assert all(packed[n].parts["shift"] is None for n in bits)
+
+
+NETWORKS = {"bc": (bcq.binarize, 1), "ternary": (bcq.ternarize, 2), "int8": (None, 8), "w3": (None, 3), "real": (None, 32)}
+
+
+def network(name, width=0.5):
+    torch.manual_seed(0)
+    model = models.fast(width=width)
+    params, buffers = trained(model, 32)
+    quantizer, bits = NETWORKS[name]
+    names = bcq.quantizable(model)
+    weights = bcq.quantize_params(params, names, quantizer) if quantizer else params
+    grids, steps = {}, {}
+    if name == "int8":
+        steps, grids = bcq.calibrate(model, weights, buffers, torch.randn(16, 3, 32, 32, generator=G),
+                                     dict.fromkeys(names, 8))
+    weights, buffers = bcq.scale_and_shift(model, weights, buffers)
+    return model, bcq.pack({**weights, **steps}, dict.fromkeys(names, bits) if bits < 32 else {}, grids), buffers
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_packed_network_reloads_to_the_same_logits_bit_for_bit(name, tmp_path):
+    model, packed, buffers = network(name)
+    bcq.save_packed(tmp_path / "x.bcq", model, packed, buffers, {"width": 0.5}, mode=name)
+    again, params, stats, meta = bcq.load_packed(tmp_path / "x.bcq", models.fast)
+    x = torch.randn(8, 3, 32, 32, generator=G)
+    assert torch.equal(bcq.apply(model, packed, buffers, x)[0], bcq.apply(again, params, stats, x)[0])
+    assert meta["mode"] == name and meta["hyperparam"] == {"width": 0.5}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_file_is_no_larger_than_its_bits_and_3_percent_and_20_kilobytes(name, tmp_path):
+    model, packed, buffers = network(name)
+    bcq.save_packed(tmp_path / "x.bcq", model, packed, buffers, {"width": 0.5})
+    bits = sum(row["values"] * row["w_bits"] + row["side_bits"] for row in bcq.count_cost(model, packed, buffers))
+    size = os.path.getsize(tmp_path / "x.bcq")
+    assert bits / 8 <= size <= 1.03 * bits / 8 + 20_000
+
+
+def test_a_binary_network_of_two_million_weights_is_28_times_smaller_than_in_fp32(tmp_path):
+    model, packed, buffers = network("bc", 1)
+    plain = {k: w.value() if isinstance(w, bcq.Weight) else w for k, w in packed.items()}
+    bcq.save_packed(tmp_path / "x.bcq", model, packed, buffers, None)
+    bcq.save_checkpoint(tmp_path / "x.pth", bcq.state_dict(model, plain, buffers), None)
+    assert os.path.getsize(tmp_path / "x.pth") > 28 * os.path.getsize(tmp_path / "x.bcq")
+
+
+def packed_file(folder):
+    model = Small()
+    params, buffers = trained(model)
+    weights = bcq.quantize_params(params, bcq.quantizable(model), bcq.binarize)
+    packed = bcq.pack(weights, dict.fromkeys(bcq.quantizable(model), 1))
+    bcq.save_packed(folder / "x.bcq", model, packed, buffers, None)
+    return (folder / "x.bcq").read_bytes()
+
+
+def test_a_flipped_byte_anywhere_in_a_packed_file_is_a_clear_error(tmp_path):
+    data = packed_file(tmp_path)
+    places = sorted({*range(0, len(data), max(1, len(data) // 150)), *range(len(data) - 60, len(data))})
+    for place in places:
+        wrong = bytearray(data)
+        wrong[place] ^= 1 << place % 8
+        (tmp_path / "x.bcq").write_bytes(wrong)
+        with pytest.raises(ValueError, match="x.bcq: (damaged|cannot be read)"):
+            bcq.load_packed(tmp_path / "x.bcq", Small)
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[1:], lambda d: d + b"\0", lambda d: b"\0" + d,
+                                    lambda d: d[:len(d) // 2] + d[len(d) // 2 + 1:], lambda d: b""])
+def test_a_missing_or_added_byte_in_a_packed_file_is_a_clear_error(change, tmp_path):
+    (tmp_path / "y.bcq").write_bytes(change(packed_file(tmp_path)))
+    with pytest.raises(ValueError, match="y.bcq: (damaged|cannot be read)"):
+        bcq.load_packed(tmp_path / "y.bcq", Small)
+
+
+def test_a_packed_file_of_another_model_says_which_keys_do_not_fit(tmp_path):
+    packed_file(tmp_path)
+    with pytest.raises(ValueError, match=r"conv.weight is \(8, 3, 3, 3\), expected \(4, 3, 3, 3\)"):
+        bcq.load_packed(tmp_path / "x.bcq", lambda: Small(width=4))
+    bcq.save_checkpoint(tmp_path / "plain.pth", {}, None)
+    with pytest.raises(ValueError, match="not a packed network"):
+        bcq.load_packed(tmp_path / "plain.pth", Small)
+
+
+def test_a_deployed_network_moves_between_devices_like_any_dict():
+    model, packed, buffers = network("int8", 0.125)
+    moved = bcq.to_device(packed, "cpu")
+    x = torch.randn(2, 3, 32, 32, generator=G)
+    assert torch.equal(bcq.apply(model, packed, buffers, x)[0], bcq.apply(model, moved, buffers, x)[0])
+    assert all(type(moved[k]) is type(packed[k]) for k in packed)
