@@ -1,8 +1,8 @@
 """The networks of the examples, as plain modules that know nothing of quantization.
 
 Each takes classes (the number of outputs), width (a factor on its channels) and act (the activation, a
-function, or its name in torch.nn.functional), and maps float images (n, 3, 32, 32), normalised, to logits (n, classes). MODELS, at the end, names
-them all.
+function or its name in torch.nn.functional), and maps float images (n, 3, 32, 32), normalised, to logits
+(n, classes). MODELS, at the end, names them all.
 """
 import torch
 import torch.nn.functional as F

@@ -41,8 +41,9 @@ OPTIMIZERS = {
     "adam-glorot": dict(lr=3e-3),
     "muon": dict(lr=0.15, momentum=0.4, rest_lr=5.0, rest_momentum=0.85),
 }
-DEFAULTS = dict(w_bits=None, a_bits=None, prune=0.0, mix=None, teacher_share=0.9, step_lr=0.02, act=None, epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy",
-                smoothing=0.0, latents="model", flip=True, crop=4, cutout=0, recalibrate=0, zca=False)
+DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
+                w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
+                latents="model", flip=True, crop=4, cutout=0, recalibrate=0, zca=False)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr_scale={"stem.weight": 0.0}, smoothing=0.2,
                  crop=3, recalibrate=5000),
@@ -71,7 +72,8 @@ MODES = {   # quantizer of the weights in training, clip, bits of the file, what
                       "BinaryConnect, stochastic in training, deployed as sign(w)"),
     "bwn": (bcq.binarize_scaled, keep_all, 1, "binary weights, scaled by filter"),
     "bwn-he": (bcq.binarize_he, keep_all, 1, "binary weights, scaled by layer by He's rule"),
-    "xnor": (bcq.binarize_scaled, keep_all, 1, "XNOR-Net, binary weights and inputs, first and last layer real"),
+    "xnor": (bcq.binarize_scaled, keep_all, 1,
+             "XNOR-Net: binary weights and inputs, first and last layer real"),
     "ternary": (bcq.ternarize, keep_all, 2, "ternary weights"),
     "lsq": (None, keep_steps_positive, None, "LSQ, learned steps"),
 }
@@ -99,7 +101,7 @@ def optimizer(settings, params, names):
             bcq.scale_lr(bcq.sgd(settings["rest_momentum"], nesterov=True), settings["rest_lr"])),
     }
     pair = bcq.scale_lr(build[settings["optimizer"]](), settings.get("lr_scale", {}))
-    steps = {k: settings["step_lr"] * p.item() for k, p in params.items() if ":" in k}   # relative to the step
+    steps = {k: settings["step_lr"] * p.item() for k, p in params.items() if ":" in k}   # of the step
     return bcq.by_name(steps, bcq.scale_lr(bcq.adam(), steps), pair) if steps else pair
 
 
@@ -547,8 +549,8 @@ def schedule(config, steps):
 def mixed(x, labels, mix, generator):
     """Images of a batch mixed with others of it, in one share for the batch: (x, labels as probabilities).
 
-    labels: float (n, classes). mix: "mixup" (Zhang et al. 2018, arXiv:1710.09412), a weighted mean, or "cutmix"
-    (Yun et al. 2019, arXiv:1905.04899), a rectangle of the other image; the share uniform in [0, 1].
+    labels: float (n, classes). mix: "mixup" (Zhang et al. 2018, arXiv:1710.09412), a weighted mean, or
+    "cutmix" (Yun et al. 2019, arXiv:1905.04899), a rectangle of the other image; the share uniform in [0, 1].
     """
     share = torch.rand((), generator=generator, device=x.device).item()
     order = torch.randperm(len(x), generator=generator, device=x.device)
@@ -588,8 +590,8 @@ def make_step(job):
         chosen = order[i * size:(i + 1) * size]
         flip = (mirrored[chosen] ^ bool(epoch % 2)).to(device) if config["flip"] else None  # in turns
         x, labels = data["train_x"][chosen.to(device)], data["train_y"][chosen.to(device)]
-        x = augment(x, flip, config["crop"], config["cutout"], generator(seed, "augment", epoch, i, device=device))
-        x = prepare(x, data)
+        draw = generator(seed, "augment", epoch, i, device=device)
+        x = prepare(augment(x, flip, config["crop"], config["cutout"], draw), data)
         if config["mix"] or job.teacher:
             labels = F.one_hot(labels, config["classes"]).float()
         if config["mix"]:
@@ -733,9 +735,8 @@ def describe(job, run):
     config, data, params = job.config, job.dataset, run["params"]
     sizes = ", ".join(f"{len(data[f'{split}_y']):,} {word}"
                       for split, word in (("train", "training"), ("val", "validation"), ("test", "test")))
-    low = [f"{sum(params[n].numel() for n in names):,} weights of {bits} bit{'s' * (bits > 1)} in {len(names)} layers"
-           for bits in sorted(set(job.bits.values()))
-           if (names := [n for n in job.names if job.bits[n] == bits])]
+    layers = {b: [params[n].numel() for n in job.names if job.bits[n] == b] for b in job.bits.values()}
+    low = [f"{sum(n):,} weights of {b} bit{'s' * (b > 1)} in {len(n)} layers" for b, n in layers.items()]
     skip = ("mode", "model", "dataset", "classes", "preset", "dtype")
     print(f"device     {job.device}, {device_name(job.device)}, {torch.get_num_threads()} threads, "
           f"{config['dtype']}{'' if job.args.dtype else ' (chosen for this machine)'}")
@@ -788,8 +789,8 @@ def where(job):
     built_in = job.args.dataset in (None, *STATISTICS, "shapes")
     return {"dataset": job.dataset["name"] if built_in else str(Path(job.args.dataset).resolve()),
             "data_dir": str(Path(job.args.data_dir).resolve()), "threads": torch.get_num_threads(),
-            **{k: job.args.__dict__[k] and str(Path(job.args.__dict__[k]).resolve()) for k in ("init", "teacher")},
-            "device": str(job.device)}
+            "init": job.args.init and str(Path(job.args.init).resolve()),
+            "teacher": job.args.teacher and str(Path(job.args.teacher).resolve()), "device": str(job.device)}
 
 
 def prepare_job(args, saved):
@@ -823,7 +824,8 @@ def started(job):
     trained = {**net.params, **net.meta.get("latent", {})}
     wrong = [k for k, w in params.items() if k not in trained or trained[k].shape != w.shape]
     if wrong or net.packed:
-        raise ValueError(f"{job.args.init}: does not fit the model: " + ("it is packed" if net.packed else wrong[0]))
+        why = "it is packed" if net.packed else wrong[0]
+        raise ValueError(f"{job.args.init}: does not fit the model: {why}")
     return {k: trained[k].float() for k in params}, {k: net.buffers[k] for k in buffers}
 
 
@@ -850,8 +852,8 @@ def apply_method(job, saved):
         smallest, _ = bcq.calibrate(job.model, params, buffers, images, job.bits, lambda x, _: (x.min(), 0))
         blind = [k.split(":")[0] for k, low in smallest.items() if low >= 0]
         if blind:
-            raise ValueError(f"--mode xnor: the input of {blind[0]} is never negative (a ReLU before it?), so its "
-                             "sign says nothing: take an activation such as hardtanh")
+            raise ValueError(f"--mode xnor: the input of {blind[0]} is never negative (after a ReLU?), so "
+                             "its sign says nothing: take an activation such as hardtanh")
     job.deployed = bcq.binarize if config["mode"] == "bc-stochastic" else quantizer
     if config["prune"]:
         job.masks = saved["masks"] if saved else bcq.prune(params, every, config["prune"])
@@ -959,18 +961,19 @@ def expect(args, accuracy):
 
 
 def packed(net, bits=None, grids=None, steps=None):
-    """The network as it is deployed: (packed params, buffers); with the bits and grids of its file unless given.
+    """The network as it is deployed: (packed params, buffers); bits and grids are its file's unless given.
 
     Batch norm becomes two vectors, folded into the layer before where torch.fx shows that to be right and the
     layer's weights are not of 1 bit.
     """
     if net.packed:
         return net.params, net.buffers
-    bits = net.meta.get("bits", {}) if bits is None else bits
+    bits = net.meta.get("bits", dict.fromkeys(net.meta.get("names", []), 1)) if bits is None else bits
     grids = net.meta.get("grids", {}) if grids is None else grids
     params, buffers = bcq.scale_and_shift(net.model, {**net.params, **(steps or {})}, net.buffers)
-    pairs = {norm: layer for norm, layer in bcq.fold_pairs(net.model).items() if bits.get(f"{layer}.weight") != 1}
-    return bcq.pack(bcq.fold(params, pairs), {k: b for k, b in bits.items() if b <= 8}, grids), buffers
+    pairs = bcq.fold_pairs(net.model).items()
+    params = bcq.fold(params, {norm: layer for norm, layer in pairs if bits.get(f"{layer}.weight") != 1})
+    return bcq.pack(params, {k: b for k, b in bits.items() if b <= 8}, grids), buffers
 
 
 THRESHOLDS = {"cifar10": 0.90, "cifar100": 0.80}
@@ -980,7 +983,8 @@ def costs(model, params, buffers, shape=(3, 32, 32)):
     """The fields of a record that are counted on a deployed network: layers, bits, operations, scores."""
     cost = bcq.count_cost(model, params, buffers, shape)
     layers = [row for row in cost if row["macs"] and row["values"]]
-    usual = lambda key: max(layers, key=lambda row: sum(r["values"] for r in layers if r[key] == row[key]))[key]
+    weight = lambda key, bits: sum(row["values"] for row in layers if row[key] == bits)
+    usual = lambda key: max({row[key] for row in layers}, key=lambda bits: weight(key, bits))
     return {"real_layers": sum(row["w_bits"] > 8 for row in layers), "w_bits": usual("w_bits"),
             "a_bits": usual("a_bits"), "macs": sum(row["macs"] for row in cost),
             "zeros": sum(row["zeros"] for row in layers), "course_score": bcq.course_score(cost),
@@ -1003,7 +1007,7 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
     if not args.record:
         return
     net = load_network(path, "cpu", config["model"])
-    bits = net.meta.get("bits", {})
+    bits = net.meta.get("bits", dict.fromkeys(net.meta.get("names", []), 1))
     if not net.packed:   # not taken on trust: a layer of 1 bit has one magnitude in a filter
         flat = {k: net.params[k].abs().flatten(1) for k in bits}
         bits = {k: b for k, b in bits.items() if b > 1 or (flat[k] == flat[k][:, :1]).all()}
@@ -1136,7 +1140,8 @@ def convert(args):
     data = checkpoint_data(args, net, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {k: v for k, v in net.meta.items() if k not in ("bcq", "hyperparam", "latent", "state", "source", "masks")}
+    left_out = ("bcq", "hyperparam", "latent", "state", "source", "masks")
+    meta = {k: v for k, v in net.meta.items() if k not in left_out}
     stem = folder / Path(args.checkpoint).stem
     name, write = version(args, net, data, meta, stem)
     before = Path(f"{stem}-fp32.pth")
@@ -1185,7 +1190,8 @@ def version(args, net, data, meta, stem):
         name = f"w{bits[next(iter(bits))]}"
         return name, lambda: packed_to(Path(f"{stem}-{name}.bcq"), bits, {})
     if args.inputs == "dynamic":
-        return "int8-dynamic", lambda: packed_to(Path(f"{stem}-int8-dynamic.bcq"), bits, dict.fromkeys(bits, (8, 0)))
+        ranges = dict.fromkeys(bits, (8, 0))
+        return "int8-dynamic", lambda: packed_to(Path(f"{stem}-int8-dynamic.bcq"), bits, ranges)
     fit = {"min-max": bcq.min_max, "least-squares": bcq.least_squares}[args.fit]
     chosen = torch.randperm(len(data["train_y"]), generator=torch.Generator().manual_seed(0))[:1000]
     images = prepare(data["train_x"][chosen.to(data["train_x"].device)], data)
@@ -1207,14 +1213,15 @@ def print_sizes(net, path):
         half = as_float(net, torch.float16, {}, Path(folder) / "fp16.pth").stat().st_size
         integer = Path(folder) / "int8.bcq"
         layers = dict.fromkeys(bcq.quantizable(net.model), 8)
-        plain = argparse.Namespace(**{**vars(net), "params": {k: w for k, w in net.params.items() if ":" not in k}})
+        weights = {k: w for k, w in net.params.items() if ":" not in k}
+        plain = argparse.Namespace(**{**vars(net), "params": weights})
         bcq.save_packed(integer, net.model, *packed(plain, layers, {}), net.meta.get("hyperparam"))
         sizes = {"fp32": whole, "fp16": half, "int8": integer.stat().st_size, "packed": path.stat().st_size}
-    print("sizes      " + ", ".join(f"{k} {v:,} bytes ({whole / v:.1f} times smaller)" for k, v in sizes.items()))
+    print("sizes      " + ", ".join(f"{k} {v:,} bytes (1/{whole / v:.1f})" for k, v in sizes.items()))
 
 
 def score(args):
-    """--mode score: what a network costs, layer by layer, both scores, its size and accuracy: the exit status."""
+    """--mode score: what a network costs by layer, both scores, its size and accuracy: the exit status."""
     device, _ = choose_device(args)
     net = load_network(args.checkpoint, device, args.given.get("model"))
     data = checkpoint_data(args, net, device)
@@ -1232,11 +1239,12 @@ def score(args):
     print(f"file       {Path(args.checkpoint).stat().st_size:,} bytes")
     print(f"test       accuracy {result['accuracy']:.4f}" + (f", threshold {threshold:.2f}: " + (
         "eligible" if result["accuracy"] >= threshold else "not eligible") if threshold else ""))
-    print(f"scores     course {bcq.course_score(cost):.5f} ({bcq.course_score(cost, False):.5f} without credit for "
-          f"zeros), MicroNet {bcq.micronet_score(cost):.5f}")
+    dense = bcq.course_score(cost, credit_zeros=False)
+    print(f"scores     course {bcq.course_score(cost):.5f} ({dense:.5f} without credit for zeros), "
+          f"MicroNet {bcq.micronet_score(cost):.5f}")
     if args.record and "config" in net.meta:
-        record(args, "score", Path(args.checkpoint), net.meta["config"], result["accuracy"], device, args.dtype or
-               "fp32", None, net.meta["train_images"], course_score_without_zeros=bcq.course_score(cost, False))
+        record(args, "score", Path(args.checkpoint), net.meta["config"], result["accuracy"], device, "fp32",
+               None, net.meta["train_images"], course_score_without_zeros=dense)
     return expect(args, result["accuracy"])
 
 
@@ -1256,11 +1264,12 @@ SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
 
 
 def cells(words):
-    """The runs of a sweep: a dict of flags for each combination of KEY=VALUE,VALUE words, or of files of them."""
-    words = [w for word in words for w in (Path(word).read_text().split() if Path(word).is_file() else [word])]
+    """The runs of a sweep: the flags of each combination of KEY=VALUE,VALUE words, or of files of them."""
+    words = [w for word in words for w in ([word] if "=" in word else Path(word).read_text().split())]
     grid = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+    reserved = ("out", "record", "resume", "checkpoint")
     for key, values in grid.items():
-        if not re.fullmatch("[a-z-]+", key) or not all(values.split(",")) or key in ("out", "record", "resume"):
+        if not re.fullmatch("[a-z-]+", key) or not all(values.split(",")) or key in reserved:
             raise ValueError(f"{key}: a sweep takes KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
     grid = {key: values.split(",") for key, values in grid.items()}
     runs = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
@@ -1271,15 +1280,17 @@ def cells(words):
 
 
 def sweep(args):
-    """--mode sweep: trains and exports every combination; a finished cell is not run again: the exit status."""
+    """--mode sweep: trains and exports every combination, but for those that are done: the exit status."""
     runs = cells(args.images or [])
     if runs == [{}]:
         raise ValueError("--mode sweep needs KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
-    own = {k: v for k, v in args.given.items() if k not in ("mode", "images", "out", "record", "expect", "resume")}
-    flags = [w for k, v in own.items() for w in ([f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)]))]
+    left_out = ("mode", "images", "out", "record", "expect", "resume")
+    flag = lambda k, v: [f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)])
+    own = {k: flag(k, v) for k, v in args.given.items() if k not in left_out}
+    flags = [word for words in own.values() for word in words]
     folder = Path(args.out or "runs/sweep")
     for run in runs:
-        parse_arguments(flags + [f"--{k}={v}" for k, v in run.items()])   # all of them, before the first is run
+        parse_arguments(flags + [f"--{k}={v}" for k, v in run.items()])   # all, before the first is run
     rows = []
     for run in runs:
         name = "-".join(SHORT.get(k, k) + Path(v).name.replace(":", "-") for k, v in run.items())
@@ -1292,10 +1303,9 @@ def sweep(args):
                 return status
             unfinished = cell / "result.tmp"
             unfinished.unlink(missing_ok=True)
-            places = [w for k in ("data_dir", "dataset", "threads", "device") if k in own
-                      for w in (f"--{k.replace('_', '-')}", str(own[k]))]
-            status = main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record", str(unfinished),
-                           *places])
+            places = [w for k in ("data_dir", "dataset", "threads", "device") for w in own.get(k, [])]
+            status = main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
+                           str(unfinished), *places])
             if status:
                 return status
             os.replace(unfinished, result)
@@ -1310,9 +1320,9 @@ def print_sweep(rows):
     """The table of a sweep: the networks at or above the threshold, by accuracy, then the others."""
     print(f"{'':28} {'accuracy':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
     for row in sorted(rows, key=lambda r: (not r["eligible"], -r["test_accuracy"])):
-        print(f"{row['name']:28} {row['test_accuracy']:9.4f} {row['file_bytes']:11,} {row['course_score']:9.5f} "
-              f"{row['micronet_score']:9.5f}" + ("" if row["eligible"] else "   below the threshold"
-                                                if row["dataset"] in THRESHOLDS else ""))
+        below = "   below the threshold" if row["eligible"] is False else ""
+        print(f"{row['name']:28} {row['test_accuracy']:9.4f} {row['file_bytes']:11,} "
+              f"{row['course_score']:9.5f} {row['micronet_score']:9.5f}{below}")
 
 
 def front(points):
@@ -1335,7 +1345,8 @@ def draw_sweep(folder, rows):
     pictures = {"size.png": {"file_bytes": "bytes on disk"},
                 "scores.png": {"course_score": "course score", "micronet_score": "MicroNet score"}}
     for file, axes_of in pictures.items():
-        figure, axes = plt.subplots(1, len(axes_of), figsize=(7 * len(axes_of), 5), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(1, len(axes_of), figsize=(7 * len(axes_of), 5), layout="constrained",
+                                    squeeze=False)
         for ax, (key, label) in zip(axes[0], axes_of.items()):
             points = [(row[key], 100 * row["test_accuracy"]) for row in rows]
             ax.plot(*zip(*front(points)), color="C1", zorder=1, label="Pareto front", drawstyle="steps-post")
@@ -1344,7 +1355,7 @@ def draw_sweep(folder, rows):
                 ax.annotate(row["name"], point, textcoords="offset points", xytext=(5, 4), fontsize=8)
             threshold = THRESHOLDS.get(rows[0]["dataset"])
             if threshold:
-                ax.axhline(100 * threshold, color="gray", linestyle="--", label=f"threshold, {100 * threshold:g} %")
+                ax.axhline(100 * threshold, color="gray", linestyle="--", label=f"{100 * threshold:g} %")
             ax.set(xscale="log", xlabel=label, ylabel=f"test accuracy on {rows[0]['dataset']}, %")
             ax.margins(x=0.2, y=0.1)
             ax.legend(loc="lower right")
@@ -1420,7 +1431,8 @@ def parse_arguments(argv):
     parser.error = complain
     add = parser.add_argument
     preset_says = "default: the preset's"
-    add("--mode", choices=[*MODES, "ptq", "export", "eval", "score", "sweep", "predict"], help="what to do (default: bc)")
+    add("--mode", choices=[*MODES, "ptq", "export", "eval", "score", "sweep", "predict"],
+        help="what to do (default: bc)")
     add("--dataset",
         help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
     add("--data-dir",
@@ -1451,7 +1463,7 @@ def parse_arguments(argv):
         help="of training, fp32 or bf16 (default: bf16 where it is fast); of ptq, fp16, bf16 or int8")
     add("--inputs", choices=["static", "dynamic", "real"],
         help="of int8: calibrated before, measured in each batch, or not quantized (default: static)")
-    add("--fit", choices=["min-max", "least-squares"], help="how static inputs are calibrated (default: min-max)")
+    add("--fit", choices=["min-max", "least-squares"], help="of static inputs (default: min-max)")
     add("--subset", type=subset,
         help="train on so many images; with a point, on that fraction (default: all)")
     add("--classes", type=number(int, 2), help="only the first so many classes (default: all)")
@@ -1459,15 +1471,16 @@ def parse_arguments(argv):
     add("--paper", action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)")
     add("--record", nargs="?", const="results/records.jsonl",
         help="append the figures to a file (default: results/records.jsonl)")
-    add("images", nargs="*", help="images for --mode predict; for sweep KEY=VALUE,VALUE of flags, or files of those")
+    add("images", nargs="*", help="images for --mode predict; KEY=VALUE,VALUE of flags for sweep")
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v != []}
     unset = dict.fromkeys(("dataset", "width", "val", "device", "threads", "out", "resume", "checkpoint",
                            "dtype", "subset", "classes", "expect", "record", "images", "init", "teacher"))
-    own = {"inputs": "static", "fit": "min-max", "mode": "bc", "model": "vgg_bc" if "paper" in given else "fast", "data_dir": "data", "seed": 0,
+    own = {"inputs": "static", "fit": "min-max", "mode": "bc", "data_dir": "data", "seed": 0,
+           "model": "vgg_bc" if "paper" in given else "fast",
            "paper": False}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
     if args.images and args.mode not in ("predict", "sweep"):
-        raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, and sweep KEY=VALUE,VALUE")
+        raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(
             f"--dtype {args.dtype} is for --mode ptq: latent weights in so few bits would lose small updates")

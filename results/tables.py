@@ -12,15 +12,22 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 PAPER = 0.9010
-ROWS = {("train", "fp32"): "fp32", ("ptq", "fp32"): "fp16, the fp32 network converted",
-        ("train", "bc"): "**bc**", ("train", "bc-stochastic"): "bc-stochastic, deployed as sign(w)"}
+ROWS = {   # (method or mode, bits of weights, bits of inputs): the row's name, in the table's order
+    ("fp32", 32, 32): "fp32", ("fp16", 16, 16): "fp16, converted", ("int8", 8, 8): "int8, converted, static",
+    ("int8-dynamic", 8, 8): "int8, converted, dynamic", ("bc", 1, 32): "**bc**",
+    ("bc-stochastic", 1, 32): "bc-stochastic, deployed as sign(w)", ("bwn", 1, 32): "bwn",
+    ("ternary", 2, 32): "ternary", ("xnor", 1, 1): "xnor", ("lsq", 4, 4): "lsq W4A4, from fp32",
+    ("lsq", 2, 2): "lsq W2A2, from fp32"}
 
 
 def published(records):
-    """The records of trained and converted networks, grouped: {row name: records}."""
-    key = lambda r: list(ROWS).index((r["kind"], r["mode"]))
-    records = sorted((r for r in records if (r["kind"], r.get("mode")) in ROWS), key=key)
-    return {ROWS[list(ROWS)[i]]: list(group) for i, group in groupby(records, key)}
+    """The records of deployed networks of `fast` at full width on CIFAR-10: {row name: records}."""
+    groups = {name: [] for name in ROWS.values()}
+    for r in records:
+        name = ROWS.get((r.get("method"), r.get("w_bits"), r.get("a_bits")))
+        if name and r["kind"] in ("export", "ptq") and r["dataset"] == "cifar10" and r["width"] == 1:
+            groups[name].append(r)
+    return {name: group for name, group in groups.items() if group}
 
 
 def spread(values, form):
@@ -30,37 +37,80 @@ def spread(values, form):
 
 
 def table(groups):
-    """The README's table of accuracies, as Markdown."""
-    lines = [
-        "| method | test accuracy, % | seeds | bits of weights | real layers | training, s |",
-        "|---|---|---|---|---|---|"
-    ]
+    """The README's table of deployed networks, as Markdown."""
+    lines = ["| method | test accuracy, % | seeds | W, A bits | real layers | file, kB | times smaller | "
+             "course score | MicroNet score | 1 image, ms | 256 images, ms |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, records in groups.items():
+        r, median = records[0], lambda key, records=records: 1e3 * statistics.median(r[key] for r in records)
         accuracy = spread([100 * r["test_accuracy"] for r in records], "{:.2f}")
-        seconds = [r["train_seconds"] for r in records if r["train_seconds"]]
         lines.append(
-            f"| {name} | {accuracy} | {len(records)} | {records[0]['w_bits']} | "
-            f"{records[0]['real_layers']} | {spread(seconds, '{:.0f}') if seconds else ''} |"
-        )
-    lines.append(f"| BinaryConnect, deterministic, as published | {100 * PAPER:.2f} | | 1 | 0 | |")
+            f"| {name} | {accuracy} | {len(records)} | {r['w_bits']}, {r['a_bits']} | {r['real_layers']} | "
+            f"{r['file_bytes'] / 1e3:,.0f} | {r['shrink']:.1f} | {r['course_score']:.4f} | "
+            f"{r['micronet_score']:.4f} | {median('seconds_1'):.1f} | {median('seconds_256'):.0f} |")
+    lines.append(
+        f"| BinaryConnect, deterministic, as published | {100 * PAPER:.2f} | | 1, 32 | 0 | | | | | | |")
     return lines
 
 
-def conditions(groups):
+def times(records):
+    """The training times, from the records of kind train, in words."""
+    trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10" and r["width"] == 1]
+    key = lambda r: (r["mode"], r["w_bits"], r["config"]["w_bits"]
+                     if "config" in r and r["mode"] == "lsq" else 0)
+    groups = [list(group) for _, group in groupby(sorted(trained, key=key), key)]
+    name = lambda r: r["mode"] + (f" W{r['w_bits']}A{r['a_bits']}" if r["mode"] == "lsq" else "")
+    return ", ".join(f"{name(g[0])} {spread([r['train_seconds'] for r in g], '{:.0f}')}" for g in groups)
+
+
+def conditions(groups, records):
     """What the figures were measured with, from the records, in words."""
-    records = [r for group in groups.values() for r in group]
-    values = lambda key: ", ".join(sorted({str(r[key]) for r in records}))
-    trained = [r for r in records if r["kind"] == "train"]
-    images = f"{trained[0]['train_images']:,} training images, {trained[0]['val_images']:,} held out"
+    shown = [r for group in groups.values() for r in group]
+    values = lambda key: ", ".join(sorted({str(r[key]) for r in shown}))
+    images = f"{shown[0]['train_images']:,} training images, {shown[0]['val_images']:,} held out"
+    commands = {r["command"] for r in shown} | {r["command"] for r in records if r["kind"] == "train"}
     return [
-        f"CIFAR-10, 10,000 test images, last epoch, the test set used once; `{values('model')}` "
-        f"({trained[0]['parameters']:,} parameters), {values('epochs')} epochs, batch {values('batch')}, "
-        f"{images}; "
-        f"{values('device_name')}, {values('threads')} threads, {values('dtype')}, torch "
-        f"{values('torch')}; commits "
-        f"{values('commit')}; {values('date')}. The fp32 and fp16 networks are the same. Commands:",
+        f"CIFAR-10, 10,000 test images, last epoch; accuracy, size and time are those of the network in the "
+        f"deployed file. `{values('model')}` ({shown[0]['parameters']:,} parameters, {shown[0]['macs']:,} "
+        f"multiply-accumulates), {values('epochs')} epochs, batch {values('batch')}, {images}; "
+        f"{values('device_name')}, {values('threads')} threads, trained in bf16, torch {values('torch')}; "
+        f"{values('date')}. Times smaller: than the fp32 file. Training seconds: {times(records)}. "
+        "Commits and seeds are in `records.jsonl`. Commands:",
         "",
-        *[f"    {command}" for command in dict.fromkeys(r["command"] for r in records)],
+        *[f"    {command}" for command in sorted(commands)],
+    ]
+
+
+def best_scores(records):
+    """The table of the networks of the lowest course score at 90 % or more, as Markdown."""
+    rows = [r for r in records if r["kind"] == "score" and r["dataset"] == "cifar10" and r["eligible"]]
+    lines = [
+        "", "| network at 90 % or more | test accuracy, % | W, A bits | file, bytes | course score | without "
+        "credit for zeros | MicroNet score |", "|---|---|---|---|---|---|---|"
+    ]
+    for r in sorted(rows, key=lambda r: r["course_score"]):
+        lines.append(
+            f"| {r['mode']}, `{r['model']}` of width {r['width']} | {100 * r['test_accuracy']:.2f} | "
+            f"{r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | {r['course_score']:.5f} | "
+            f"{r['course_score_without_zeros']:.5f} | {r['micronet_score']:.5f} |")
+    return [*lines, "", "    python run.py --mode score --checkpoint model.bcq --data-dir DATA"
+            ] if rows else []
+
+
+def inference(records):
+    """The table of inference times, as Markdown; empty without records."""
+    rows = [r for r in records if r["kind"] == "inference"]
+    if not rows:
+        return []
+    lines = ["", "| inference | batch | ms | images/s | times as fast as fp32 |", "|---|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r['model']}, {r['method']} | {r['batch']} | {1e3 * r['seconds']:.1f} | "
+                     f"{r['images_per_second']:,.0f} | {r['speedup_over_fp32']:.2f} |")
+    r = rows[0]
+    return [
+        *lines, "", f"Medians of {r['rounds']} rounds, in turns in one process, eager, random weights; "
+        f"{r['device_name']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}, {r['date']}. "
+        "Commands:", "", *dict.fromkeys(f"    {r['command']}" for r in rows)
     ]
 
 
@@ -82,22 +132,24 @@ def steps(records):
 
 
 def figure(groups):
-    """A dot for each network trained, and the paper's figure."""
-    _, axes = plt.subplots(figsize=(7.5, 3), layout="constrained")
-    for i, records in enumerate(groups.values()):
+    """Accuracy against the size of the file: a dot for each method, bars for the spread over seeds."""
+    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, records in groups.items():
         accuracies = [100 * r["test_accuracy"] for r in records]
-        axes.scatter(accuracies, [i] * len(records), s=50, alpha=0.7,
-                     color="C0" if records[0]["w_bits"] == 1 else "C1")
-        axes.annotate(spread(accuracies, "{:.2f}"), (max(accuracies), i), textcoords="offset points",
-                      xytext=(8, -4))
-    axes.axvline(100 * PAPER, color="gray", linestyle="--")
-    axes.annotate("BinaryConnect as published, 90.10", (100 * PAPER, -0.75), textcoords="offset points",
-                  ha="right", xytext=(-4, 0), color="gray")
-    axes.set_yticks(range(len(groups)), [name.strip("*") for name in groups])
-    axes.set_ylim(len(groups) - 0.5, -1)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high + 0.25 * (high - low))
-    axes.set_xlabel("test accuracy on CIFAR-10, %")
+        size, mean = records[0]["file_bytes"] / 1e3, statistics.fmean(accuracies)
+        error = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
+        axes.errorbar(size, mean, error, fmt="o", color="C0" if records[0]["w_bits"] < 3 else "C1", capsize=3)
+        left = name.startswith(("ternary", "int8, converted, dynamic", "**bc"))
+        axes.annotate(name.strip("*").replace(", converted", "").replace(", deployed as sign(w)", ""),
+                      (size, mean), textcoords="offset points", xytext=(-7, -3) if left else (7, -3),
+                      ha="right" if left else "left", fontsize=9)
+    axes.axhline(100 * PAPER, color="gray", linestyle="--")
+    axes.annotate("BinaryConnect as published, 90.10", (1, 100 * PAPER), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", xytext=(-4, -11), color="gray", fontsize=9)
+    axes.set_xscale("log")
+    axes.margins(x=0.15, y=0.12)
+    axes.set_xlabel("file of the deployed network, kB")
+    axes.set_ylabel("test accuracy on CIFAR-10, %")
     axes.spines[["top", "right"]].set_visible(False)
     plt.savefig(HERE / "accuracy.png", dpi=130)
 
@@ -111,7 +163,8 @@ def main():
     start, end = "<!-- results: made by python results/tables.py, do not edit -->", "<!-- end of results -->"
     before, rest = readme.read_text().split(start)
     _, after = rest.split(end)
-    made = [*table(groups), "", *conditions(groups), *steps(records)]
+    made = [*table(groups), "", *conditions(groups, records), *best_scores(records), *inference(records),
+            *steps(records)]
     readme.write_text("\n".join([before + start, "", *made, "", end]) + after)
 
 

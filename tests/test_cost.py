@@ -59,8 +59,8 @@ def test_resnet20_scores_what_the_facts_of_the_field_say():
 
 
 def test_macs_are_those_of_the_definition_with_groups_strides_and_dilation_honoured():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4), nn.Conv2d(8, 6, (1, 3), dilation=2),
-                          nn.Flatten(), nn.Linear(6 * 8 * 4, 5))
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4),
+                          nn.Conv2d(8, 6, (1, 3), dilation=2), nn.Flatten(), nn.Linear(6 * 8 * 4, 5))
     rows = {row["layer"]: row for row in cost_of(model, shape=(4, 16, 16)) if row["macs"]}
     assert rows["0.weight"]["macs"] == 8 * 8 * 8 * (4 // 4 * 9)
     assert rows["1.weight"]["macs"] == 6 * 8 * 4 * (8 * 3)
@@ -98,7 +98,7 @@ def test_bits_of_inputs_are_those_that_the_layer_really_rounds_to():
     names = bcq.quantizable(model)
     steps = {f"{n}:input_step": torch.tensor(0.1) for n in names[1:]}
     params, buffers = bcq.split(model)
-    packed = bcq.pack({**params, **steps}, dict.fromkeys(names, 8), {n: (4, 0) for n in names[1:]})
+    packed = bcq.pack({**params, **steps}, dict.fromkeys(names, 8), dict.fromkeys(names[1:], (4, 0)))
     rows = {row["layer"]: row["a_bits"] for row in bcq.count_cost(model, packed, buffers)}
     assert rows[names[0]] == 32 and all(rows[n] == 4 for n in names[1:])
 
@@ -115,7 +115,8 @@ def pruned_cost(share, bits=None):
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10, bias=False))
     params, buffers = bcq.split(model)
     masks = bcq.prune(params, ["1.weight"], share)
-    weights = bcq.quantize_params(params, ["1.weight"], {"1.weight": bcq.masked(lambda w: w, masks["1.weight"])})
+    weights = bcq.quantize_params(params, ["1.weight"],
+                                  {"1.weight": bcq.masked(lambda w: w, masks["1.weight"])})
     return bcq.count_cost(model, bcq.pack(weights, {"1.weight": bits} if bits else {}), buffers, (3, 4, 4))
 
 

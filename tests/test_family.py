@@ -88,8 +88,8 @@ def test_learned_steps_are_entries_of_the_dict_that_the_step_trains_like_any_oth
     params, buffers = bcq.split(model)
     params = {**params, "1.weight:step": torch.tensor(0.1), "1.weight:input_step": torch.tensor(0.2)}
     init, update = bcq.sgd()
-    step = bcq.make_train_step(model, ["1.weight"], bcq.lsq_weights(3), update, bcq.cross_entropy(), lambda p, n: p,
-                               bcq.with_inputs({"1.weight": (4, 8)}))
+    step = bcq.make_train_step(model, ["1.weight"], bcq.lsq_weights(3), update, bcq.cross_entropy(),
+                               lambda p, n: p, bcq.with_inputs({"1.weight": (4, 8)}))
     batch = torch.randn(8, 3, 2, 2, generator=G), torch.arange(8) % 5
     after, *_ = step(params, buffers, init(params), batch, 0.1)
     assert all(not torch.equal(after[k], params[k]) for k in params)
@@ -204,8 +204,9 @@ def test_pruned_weights_stay_zeros_through_quantizers_optimizers_and_files(quant
         params, buffers, state, _ = step(params, buffers, state, batch, 0.05)
     weights = bcq.quantize_params(params, names, quantizers)
     assert all((weights[n][~masks[n]] == 0).all() for n in names)
-    bits = dict.fromkeys(names, 8 if quantizer(torch.tensor([[0.5]])) == 0.5 and quantizer is not bcq.ternarize and
-                         quantizer is not bcq.binarize_scaled else 2)
+    bits = dict.fromkeys(
+        names, 8 if quantizer(torch.tensor([[0.5]])) == 0.5 and quantizer is not bcq.ternarize and
+        quantizer is not bcq.binarize_scaled else 2)
     bcq.save_packed(tmp_path / "x.bcq", model, bcq.pack(weights, bits), buffers, None)
     _, packed, _, _ = bcq.load_packed(tmp_path / "x.bcq", lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(12, 8, bias=False), nn.Linear(8, 5, bias=False)))

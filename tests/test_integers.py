@@ -21,7 +21,7 @@ def random_int8(*shape):
 def convolution_in_int64(codes, w, zero, stride, padding, dilation, groups):
     """Window by window and product by product, in int64, from the definition."""
     x = F.pad(codes.long() - zero, (padding[1], padding[1], padding[0], padding[0]))
-    (n, c, height, width), (out, per_group, kh, kw) = x.shape, w.shape
+    (n, _, height, width), (out, per_group, kh, kw) = x.shape, w.shape
     rows = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     columns = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1
     sums = torch.zeros(n, out, rows, columns, dtype=torch.int64)
@@ -56,7 +56,8 @@ def test_the_integer_convolution_is_exact_in_any_geometry_with_torchs_product_an
 
 def test_the_largest_sums_do_not_wrap_around_and_larger_ones_are_refused():
     size = 2**31 // (255 * 128)
-    codes, w = torch.full((1, size, 1, 1), 255, dtype=torch.uint8), torch.full((2, size, 1, 1), -128).to(torch.int8)
+    codes, w = torch.full((1, size, 1, 1), 255, dtype=torch.uint8), torch.full((2, size, 1, 1),
+                                                                               -128).to(torch.int8)
     assert (bcq.integer_conv2d(codes, w, 0) == -255 * 128 * size).all()
     with pytest.raises(ValueError, match="32 bits"):
         bcq.integer_conv2d(F.pad(codes, (0, 0, 0, 0, 0, 1)), F.pad(w, (0, 0, 0, 0, 0, 1)), 0)
@@ -173,8 +174,9 @@ def test_a_calibrated_grid_holds_0_exactly_and_covers_its_part_of_the_range(fit,
 
 def test_least_squares_beats_min_max_where_there_are_outliers():
     x = torch.cat([torch.randn(20_000, generator=G), torch.tensor([60.0])])
-    error = lambda fit: (lambda step, zero: ((bcq.input_codes(x.clone(), (4, zero), step.item())[0].float() - zero)
-                                             * step - x).square().mean())(*fit(x, 4))
+    error = lambda fit: (lambda step, zero: (
+        (bcq.input_codes(x.clone(),
+                         (4, zero), step.item())[0].float() - zero) * step - x).square().mean())(*fit(x, 4))
     assert error(bcq.least_squares) < 0.5 * error(bcq.min_max)
 
 

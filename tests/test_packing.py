@@ -67,7 +67,8 @@ def test_a_deployed_tensor_shows_its_values_to_all_but_its_layer():
     w = torch.randn(6, 4, 3, 3, generator=G)
     packed = bcq.pack({"w": bcq.binarize(w)}, {"w": 1})["w"]
     assert packed.shape == w.shape and packed.numel() == w.numel()
-    assert torch.equal(packed * 2, 2 * bcq.binarize(w)) and torch.equal(torch.add(1, other=packed), 1 + bcq.binarize(w))
+    assert torch.equal(packed * 2, 2 * bcq.binarize(w)) and torch.equal(torch.add(1, other=packed),
+                                                                        1 + bcq.binarize(w))
     assert packed.parts["codes"].numel() == 27 and packed.parts["codes"].dtype == torch.uint8
 
 
@@ -152,13 +153,23 @@ def test_batch_norm_is_never_folded_into_weights_of_1_bit():
     params, buffers = bcq.split(model)
     weights = bcq.quantize_params(params, bcq.quantizable(model), bcq.binarize)
     bits = dict.fromkeys(bcq.quantizable(model), 1)
-    net = run.argparse.Namespace(model=model, params=weights, buffers=buffers, meta={"bits": bits}, packed=False)
+    net = run.argparse.Namespace(model=model,
+                                 params=weights,
+                                 buffers=buffers,
+                                 meta={"bits": bits},
+                                 packed=False)
     packed, _ = run.packed(net)
     assert all(set(packed[n].value().unique().tolist()) == {-1, 1} for n in bits)
     assert all(packed[n].parts["shift"] is None for n in bits)
 
 
-NETWORKS = {"bc": (bcq.binarize, 1), "ternary": (bcq.ternarize, 2), "int8": (None, 8), "w3": (None, 3), "real": (None, 32)}
+NETWORKS = {
+    "bc": (bcq.binarize, 1),
+    "ternary": (bcq.ternarize, 2),
+    "int8": (None, 8),
+    "w3": (None, 3),
+    "real": (None, 32)
+}
 
 
 def network(name, width=0.5):
@@ -173,7 +184,11 @@ def network(name, width=0.5):
         steps, grids = bcq.calibrate(model, weights, buffers, torch.randn(16, 3, 32, 32, generator=G),
                                      dict.fromkeys(names, 8))
     weights, buffers = bcq.scale_and_shift(model, weights, buffers)
-    return model, bcq.pack({**weights, **steps}, dict.fromkeys(names, bits) if bits < 32 else {}, grids), buffers
+    return model, bcq.pack({
+        **weights,
+        **steps
+    },
+                           dict.fromkeys(names, bits) if bits < 32 else {}, grids), buffers
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -190,7 +205,8 @@ def test_a_packed_network_reloads_to_the_same_logits_bit_for_bit(name, tmp_path)
 def test_the_file_is_no_larger_than_its_bits_and_3_percent_and_20_kilobytes(name, tmp_path):
     model, packed, buffers = network(name)
     bcq.save_packed(tmp_path / "x.bcq", model, packed, buffers, {"width": 0.5})
-    bits = sum(row["values"] * row["w_bits"] + row["side_bits"] for row in bcq.count_cost(model, packed, buffers))
+    bits = sum(row["values"] * row["w_bits"] + row["side_bits"]
+               for row in bcq.count_cost(model, packed, buffers))
     size = os.path.getsize(tmp_path / "x.bcq")
     assert bits / 8 <= size <= 1.03 * bits / 8 + 20_000
 
@@ -223,8 +239,10 @@ def test_a_flipped_byte_anywhere_in_a_packed_file_is_a_clear_error(tmp_path):
             bcq.load_packed(tmp_path / "x.bcq", Small)
 
 
-@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[1:], lambda d: d + b"\0", lambda d: b"\0" + d,
-                                    lambda d: d[:len(d) // 2] + d[len(d) // 2 + 1:], lambda d: b""])
+@pytest.mark.parametrize("change", [
+    lambda d: d[:-1], lambda d: d[1:], lambda d: d + b"\0", lambda d: b"\0" + d,
+    lambda d: d[:len(d) // 2] + d[len(d) // 2 + 1:], lambda d: b""
+])
 def test_a_missing_or_added_byte_in_a_packed_file_is_a_clear_error(change, tmp_path):
     (tmp_path / "y.bcq").write_bytes(change(packed_file(tmp_path)))
     with pytest.raises(ValueError, match="y.bcq: (damaged|cannot be read)"):

@@ -1,0 +1,107 @@
+"""Inference of one network in fp32, bf16, integers and packed bits, side by side in one process.
+
+    python tests/bench/inference.py [--model resnet18] [--batch 64] [--rounds 11] [--device cpu] [--record F]
+
+The versions take turns; the medians over the rounds are printed. Weights and images are random: this measures
+time alone. fp32 is the network as PyTorch runs it, eager, in its faster memory format; int8 has static or
+dynamic inputs; xnor has weights and inputs of 1 bit in all layers but the first and the last.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import bcq  # noqa: E402
+import models  # noqa: E402
+import run  # noqa: E402
+
+
+def versions(model, x):
+    """The same network in each form: {name: function of nothing that runs it on x}."""
+    params, buffers = bcq.split(model)
+    for _ in range(2):
+        _, buffers = bcq.apply(model, params, buffers, x, train=True)
+    names = bcq.quantizable(model)
+    net = argparse.Namespace(model=model, params=params, buffers=buffers, meta={}, packed=False)
+    eight = dict.fromkeys(names, 8)
+    steps, grids = bcq.calibrate(model, params, buffers, x, eight)
+    inner = bcq.quantizable(model, first=False, last=False)
+    signs = argparse.Namespace(**{
+        **vars(net), "params": bcq.quantize_params(params, inner, bcq.binarize_scaled)
+    })
+    forms = {"fp32": (params, buffers), "int8 static": run.packed(net, eight, grids, steps),
+             "int8 dynamic": run.packed(net, eight, dict.fromkeys(names, (8, 0))),
+             "1-bit weights, packed": run.packed(signs, dict.fromkeys(inner, 1)),
+             "xnor": run.packed(signs, dict.fromkeys(inner, 1), dict.fromkeys(inner, (1, 1)))}
+    calls = {name: (lambda form=form: bcq.apply(model, *form, x)) for name, form in forms.items()}
+    planes = x.contiguous()
+    calls["fp32, planes"] = lambda: bcq.apply(model, params, buffers, planes)
+    calls["bf16"] = lambda: bcq.mixed_precision(torch.bfloat16)(model, params, buffers, x)
+    return calls
+
+
+@torch.no_grad()
+def measure(calls, rounds, device):
+    """The seconds of each call, rounds times each, in turns, after two that are not counted."""
+    seconds = {name: [] for name in calls}
+    for _ in range(rounds + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[2:] for name, times in seconds.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet18", choices=models.MODELS)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--device")
+    parser.add_argument("--record")
+    args = parser.parse_args()
+    device, _ = run.choose_device(argparse.Namespace(device=args.device, threads=None, dtype=None))
+    torch.manual_seed(0)
+    model = models.MODELS[args.model]().to(device)
+    x = torch.randn(args.batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    seconds = measure(versions(model, x), args.rounds, device)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    fp32 = min(median["fp32"], median.pop("fp32, planes"))
+    median["fp32"] = fp32
+    print(f"{'':24} {'ms':>9} {'spread':>18} {'images/s':>10} {'over fp32':>10}")
+    for name, value in median.items():
+        low, high = 1e3 * min(seconds[name]), 1e3 * max(seconds[name])
+        print(f"{name:24} {1e3 * value:9.2f} {f'{low:.2f} to {high:.2f}':>18} {args.batch / value:10,.0f} "
+              f"{fp32 / value:10.2f}")
+        if args.record:
+            line = {
+                "kind": "inference",
+                "method": name,
+                "model": args.model,
+                "batch": args.batch,
+                "seconds": value,
+                "images_per_second": args.batch / value,
+                "speedup_over_fp32": fp32 / value,
+                "rounds": args.rounds,
+                "device": device.type,
+                "device_name": run.device_name(device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "commit": run.commit(),
+                "command": f"python tests/bench/inference.py --model {args.model} --batch {args.batch}",
+                "date": date.today().isoformat()
+            }
+            with open(args.record, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
