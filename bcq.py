@@ -7,10 +7,12 @@ Training is one pure function that returns what it changed:
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
 Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
-of yours draws its own). Unless said otherwise a dict maps names, as in model.named_parameters(), to tensors.
+of yours draws its own; deployed weights keep what they unpacked). A dict maps names, as in
+model.named_parameters(), to tensors.
 "The paper" is BinaryConnect: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Networks
 with binary weights during propagations", arXiv:1511.00363.
 """
+import copy
 import functools
 import hashlib
 import io
@@ -24,6 +26,7 @@ from einops import rearrange
 from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 # ---- 1. Quantizers: tensor -> tensor of the same shape and dtype ----
 def _no_nan(w):
@@ -54,8 +57,7 @@ def binarize_scaled(w):
     return binarize(w) * _by_filter(w.abs().flatten(1).mean(1), w.ndim)
 
 def binarize_he(w):
-    """sqrt(2 / fan_in) * sign(w), a scale that is known before training: w float (out, ...).
-    Source: McDonnell 2018, arXiv:1802.08530, section 3."""
+    """sqrt(2 / fan_in) * sign(w), float (out, ...). Source: McDonnell 2018, arXiv:1802.08530, section 2."""
     return binarize(w) * (2 / w[0].numel()) ** 0.5
 
 def ternarize(w):
@@ -71,12 +73,12 @@ def masked(quantizer, mask):
 
 def prune(params, names, share):
     """The masks {name: bool} that keep all but that share, 0 to 1, of the weights smallest in magnitude.
-    The weights in names are compared with one another, over all layers. Pass {name: masked(quantizer, mask)}
-    as the quantizer, to train with them. Source: Han et al. 2015, arXiv:1506.02626, section 3."""
-    magnitudes = torch.cat([params[name].abs().flatten() for name in names]).sort().values
-    count = round(share * len(magnitudes))
-    threshold = magnitudes[count - 1] if count else -1.0
-    return {name: params[name].abs() > threshold for name in names}
+    Train with {name: masked(quantizer, mask)}. Source: after Han et al. 2015, arXiv:1506.02626."""
+    magnitudes = torch.cat([params[name].abs().flatten() for name in names])
+    kept = torch.ones_like(magnitudes, dtype=torch.bool)
+    kept[magnitudes.argsort(stable=True)[:round(share * len(kept))]] = False
+    parts = kept.split([params[name].numel() for name in names])
+    return {name: part.view_as(params[name]) for name, part in zip(names, parts)}
 
 # ---- 2. Straight-through, and maps over the dict ----
 def straight_through(w, q):
@@ -87,9 +89,8 @@ def straight_through(w, q):
 
 def quantizable(model, first=True, last=True):
     """The names of the weights of all Conv2d and Linear modules, a list in the order of their definition.
-    first=False, last=False leave that layer's weight out, to stay real. A weight shared by several modules is
-    named once, as in model.named_parameters(). Raises ValueError if the model has no such layer, or one whose
-    weight is no parameter but computed from others (weight_norm and the like)."""
+    first=False, last=False leave that layer's weight out, to stay real. A shared weight is named once. Raises
+    ValueError if there is no such layer, or one whose weight is computed from others (weight_norm)."""
     canonical = {id(p): name for name, p in model.named_parameters()}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     computed = [name for name, m in layers.items() if id(m.weight) not in canonical]
@@ -108,9 +109,8 @@ def _known(params, names):
 def quantize_params(params, names, quantizer, noise=None):
     """The params with quantizer(w) in place of each w in names: the weights that the network computes with.
     quantizer: a function, or a dict {name: function}. noise: for a stochastic quantizer a dict of tensors,
-    passed as quantizer(w, noise[name]). The gradient passes straight through to the params given; but where
-    params has a learned step, an entry "NAME:step", quantizer(w, step) brings its own gradient (see lsq).
-    Raises KeyError for a name that is not in params."""
+    passed as quantizer(w, noise[name]). The gradient passes straight through to the params given; but with a
+    learned step, an entry "NAME:step", quantizer(w, step) brings its own (see lsq). Raises KeyError."""
     names = _known(params, names)
     def quantized(name, w):
         function = quantizer[name] if isinstance(quantizer, dict) else quantizer
@@ -121,14 +121,12 @@ def quantize_params(params, names, quantizer, noise=None):
 
 def clip_params(params, names, bound=1.0):
     """The params with those in names clipped to [-bound, bound]: never batch norm, never biases.
-    A latent weight beyond the bound would no longer move the sign. Raises KeyError for an unknown name.
-    Source: the paper, section 2.4."""
+    A latent weight beyond the bound would no longer move the sign. Source: the paper, section 2.4."""
     names = _known(params, names)
     return {k: w.clamp(-bound, bound) if k in names else w for k, w in params.items()}
 
 def draw_noise(params, names, generator):
-    """Uniform numbers in [0, 1) for binarize_stochastic: {name: tensor like params[name]}.
-    generator: a torch.Generator on the params' device, which this call advances."""
+    """Uniform numbers in [0, 1) for binarize_stochastic, {name: tensor}; generator: on their device."""
     names = _known(params, names)
     return {name: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
             for name, w in params.items() if name in names}
@@ -137,8 +135,8 @@ def draw_noise(params, names, generator):
 def split(model):
     """The model's parameters and its buffers as two dicts of detached copies: (params, buffers).
     A tied weight stands once, under its first name. Frozen parameters are in params too."""
-    copy = lambda named: {name: t.detach().clone() for name, t in named}
-    return copy(model.named_parameters()), copy(model.named_buffers())
+    clone = lambda named: {name: t.detach().clone() for name, t in named}
+    return clone(model.named_parameters()), clone(model.named_buffers())
 
 def apply(model, params, buffers, x, train=False):
     """The model's output for x, computed with these params and buffers: (logits, new buffers).
@@ -164,15 +162,15 @@ def cross_entropy(smoothing=0.0):
 def square_hinge(logits, labels):
     """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
     logits: float (n, classes); labels as in cross_entropy. Source: the paper, section 3 (Tang 2013)."""
-    target = 2.0 * (F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels) - 1
-    return (1 - target * logits).clamp(min=0).square().mean()
+    p = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
+    return (p * (1 - logits).clamp(min=0).square() + (1 - p) * (1 + logits).clamp(min=0).square()).mean()
 
 def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply):
     """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
-    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics holds loss and
-    accuracy (0 to 1) of the batch as tensors without dimensions. batch is (x, labels), labels int64 (n,), or
-    float (n, classes) where they are probabilities (a teacher's, or of mixed images). An ordinary network is
-    the case of no names. All params are trained, save with steps of 0 (scale_lr). Source: Algorithm 1."""
+    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics: loss and accuracy
+    (0 to 1) of the batch, tensors. batch: (x, labels), labels int64 (n,), or probabilities (n, classes), of a
+    teacher or of mixed images. An ordinary network is the case of no names. All params are trained, save with
+    steps of 0 (scale_lr). Source: the paper, Algorithm 1."""
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
         params = {k: w.detach() for k, w in params.items()}
@@ -188,7 +186,7 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
         return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
     return step
 
-# ---- 5. Evaluation, and what to look at in a 1-bit training ----
+# ---- 5. Evaluation ----
 @torch.no_grad()
 def evaluate(model, params, buffers, batches, forward=apply):
     """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
@@ -225,15 +223,6 @@ def recalibrate(model, params, buffers, batches, forward=apply):
     if not seen:
         raise ValueError("no images to recalibrate on")
     return {**buffers, **{k: torch.stack([s[k] for s in seen]).mean(0) for k in statistics}}
-
-def saturation(params, names, bound=1.0):
-    """The share, 0 to 1, of latent weights that sit at +-bound, over all the tensors in names."""
-    return sum((params[n].abs() >= bound).sum().item() for n in names) / sum(params[n].numel() for n in names)
-
-def flips(before, after, names):
-    """The share, 0 to 1, of signs that differ between two dicts of latent weights, over those in names."""
-    changed = sum(((before[n] >= 0) != (after[n] >= 0)).sum().item() for n in names)
-    return changed / sum(after[n].numel() for n in names)
 
 # ---- 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
 #    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules ----
@@ -323,10 +312,6 @@ def linear_schedule(peak, steps, warmup=0):
     """lr(step): up to peak over warmup steps, then down in a straight line, to 0 at step == steps."""
     return lambda step: peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
 
-def exponential_schedule(start, end, steps):
-    """lr(step): from start to end at step == steps, by one factor a step. Source: the paper, section 3.2."""
-    return lambda step: start * (end / start) ** (step / steps)
-
 # ---- 7. Lower precision: in training by autocast, after training as a map over the dict ----
 def mixed_precision(dtype):
     """A forward to pass in place of apply: the same under autocast to dtype, with logits in float32."""
@@ -374,13 +359,16 @@ class Weight(torch.Tensor):
             if function in (F.conv2d, F.linear):
                 call = {**dict(zip(_LAYER, args)), **(kwargs or {})}
                 return call.pop("weight").compute(function, call.pop("input"), **call)
-            plain = lambda a: a.value() if isinstance(a, cls) else a
-            return function(*map(plain, args), **{k: plain(a) for k, a in (kwargs or {}).items()})
+            if function.__name__ in ("to", "clone", "half", "cuda", "cpu", "float", "double", "bfloat16"):
+                raise TypeError("a deployed tensor is more than its values: move it with to_device")
+            args, kwargs = tree_map_only(cls, lambda a: a.value(), (args, kwargs or {}))
+            return function(*args, **kwargs)
 
 def sign_input(x):
     """sign(x), sign(0) = +1, with the gradient cut where abs(x) > 1: the activations of XNOR-Net.
     Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016, arXiv:1602.02830."""
-    return straight_through(torch.where(x.abs() <= 1, x, 0.0), torch.where(x >= 0, 1.0, -1.0).to(x.dtype))
+    sign = torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)   # NaN stays NaN
+    return straight_through(torch.where(x.abs() <= 1, x, 0.0), sign)
 
 def lsq(x, step, low, high, size):
     """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
@@ -475,7 +463,8 @@ def integer_conv2d(codes, w, zero, stride=(1, 1), padding=(0, 0), dilation=(1, 1
     if w[0].numel() * 255 * 128 >= 2**31:
         raise ValueError(f"sums of {w[0].numel():,} products of 8 bits may not fit 32 bits")
     if groups > 1 or not _exact(_int_mm, codes.device):   # float64 is exact up to 2**53
-        return F.conv2d(codes.double() - zero, w.double(), None, stride, padding, dilation, groups).int()
+        sums = F.conv2d(codes.double() - zero, w.double(), None, stride, padding, dilation, groups)
+        return sums.round().int()
     x = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]), value=zero).permute(0, 2, 3, 1)
     x = x.contiguous().bitwise_xor(128).view(torch.int8)                                    # code - 128
     (n, height, width, c), (kh, kw), (a, b, d, e) = x.shape, w.shape[2:], x.stride()
@@ -513,7 +502,7 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
     None to find it in each batch; without a grid, inputs stay real. No codes: a folded batch norm."""
     parts = {"codes": codes, "bits": bits, "shape": shape, "scale": scale, "shift": shift, "grid": grid,
              "step": step}
-    prepared = functools.cache(lambda: integers(**parts))
+    prepared = functools.cache(lambda: integers(**parts).view(*shape, *[1] * (4 - len(shape))))
     prepack = functools.lru_cache(1)(lambda *its: torch.ops.onednn.qconv_prepack(*its))
     value = lambda: codes if bits > 8 else integers(**parts) * _by_filter(scale, len(shape))
     def compute(layer, x, bias=None, **geometry):
@@ -521,15 +510,15 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
         if grid is None:
             return layer(x, value().to(x.dtype), None if bias is None else bias.to(x.dtype), **geometry)
         bias = torch.zeros_like(scale) if bias is None else bias.float()
-        return _integer_layer(x.float(), parts, prepared(), prepack, bias, **geometry)
-    value = value if codes is not None else lambda: torch.zeros(shape)
+        return _integer_layer(x.float(), parts, prepared(), prepack, bias, **geometry).to(x.dtype)
+    value = value if codes is not None else lambda: torch.ones(shape)
     return Weight(torch.empty(0) if codes is None else codes, compute, value, parts)
 
 def _integer_layer(x, parts, w, prepack, bias, stride=1, padding=0, dilation=1, groups=1):
     """A linear layer, or a convolution, of float32 inputs by a deployed weight, in integers: float32."""
     (codes, step, zero), scale = input_codes(x, parts["grid"], parts["step"]), parts["scale"]
-    if w.ndim == 2:   # a linear layer: a convolution of images of one pixel
-        codes, w = codes.reshape(-1, codes.shape[-1], 1, 1), w[..., None, None]
+    if len(parts["shape"]) == 2:   # a linear layer: a convolution of images of one pixel
+        codes = codes.reshape(-1, codes.shape[-1], 1, 1)
     pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
     if isinstance(padding, str):
         h, v = (d * (k - 1) * (padding == "same") for d, k in zip(pair(dilation), w.shape[2:]))
@@ -540,7 +529,7 @@ def _integer_layer(x, parts, w, prepack, bias, stride=1, padding=0, dilation=1, 
     else:
         sums = integer_conv2d(codes, w, zero, *geometry)
         out = torch.addcmul(bias.view(1, -1, 1, 1), sums, (step * scale).view(1, -1, 1, 1))
-    return out if len(parts["shape"]) > 2 else out.view(*x.shape[:-1], -1)
+    return out if len(parts["shape"]) > 2 else out.view(*x.shape[:-1], len(scale))
 
 # ---- 9. Packing: the dict of a deployed network, whose tensors hold bits ----
 def pack_bits(codes, bits):
@@ -564,16 +553,15 @@ def pack(params, bits, grids=None):
     """The params of the deployed network: the same dict with tensors that hold so many bits, and no steps.
     bits: {name: 1 to 8}: 1 for alpha * sign(w), 2 for ternary weights, k for weights on the grid of their
     "NAME:step", or rounded to that of their largest value, filter by filter; grids: {name: (bits, zero)} for
-    inputs, each with an "NAME:input_step" unless it is dynamic. Raises ValueError for a weight of 1 bit that
-    has more than two values in a filter."""
+    inputs, each with an "NAME:input_step" unless dynamic. Raises ValueError where 1 bit is not enough."""
     def packed(name, w):
         shift, b = params.get(f"{name}:shift"), bits.get(name, 32)
         if b > 8:
             return w if shift is None else deploy(w, 8 * w.element_size(), tuple(w.shape), shift=shift)
         top = max(1, 2 ** (b - 1) - 1)
         scale = params.get(f"{name}:step", w.abs().flatten(1).amax(1) / top).flatten().expand(len(w)).float()
-        scale = torch.where(scale == 0, 1.0, scale)
-        q = (w / _by_filter(scale, w.ndim)).round().clamp(-1 if b == 1 else -top - 1, top)
+        unit = _by_filter(torch.where(scale == 0, 1.0, scale), w.ndim)
+        q = binarize(w) if b == 1 else (w / unit).round().clamp(-top - 1, top)
         if b == 1 and (q * _by_filter(scale, w.ndim) != w).any():
             raise ValueError(f"{name}: its filters have more than two values, 1 bit does not hold them")
         codes = pack_bits((q + 1) / 2 if b == 1 else q + 2 ** (b - 1), b)
@@ -590,33 +578,34 @@ def scale_and_shift(model, params, buffers):
             scale = params[f"{k}.weight"] / (buffers[f"{k}.running_var"] + m.eps).sqrt()
             params[f"{k}.bias"] = params[f"{k}.bias"] - buffers[f"{k}.running_mean"] * scale
             params[f"{k}.weight"] = scale
-    return params, {**buffers, **_constants(model)}
+    return params, {**buffers, **_constants(model, buffers)}
 
-def _constants(model):
-    """The buffers of the batch norms that scale_and_shift leaves without statistics."""
-    norms = {k: m for k, m in _norms(model).items() if m.affine}
-    return {f"{k}.{name}": t for k, m in norms.items() for name, t in (
-        ("running_mean", torch.zeros_like(m.running_mean)),
-        ("running_var", torch.full_like(m.running_var, 1 - m.eps)),
-        ("num_batches_tracked", torch.zeros_like(m.num_batches_tracked)))}
+def _constants(model, like=None):
+    """The statistics that scale_and_shift leaves of batch norms: constants, in like's dtype and place."""
+    like = like or dict(model.named_buffers())
+    values = lambda eps: {"running_mean": 0, "running_var": 1 - eps, "num_batches_tracked": 0}
+    return {f"{k}.{name}": torch.full_like(like[f"{k}.{name}"], value) for k, m in _norms(model).items()
+            if m.affine for name, value in values(m.eps).items()}
 
 def fold_pairs(model):
     """The batch norms that stand right behind a layer: {norm: layer}; none if torch.fx cannot trace it."""
     try:
-        nodes = torch.fx.symbolic_trace(model).graph.nodes
+        nodes = torch.fx.symbolic_trace(copy.deepcopy(model).eval()).graph.nodes
     except Exception:   # of the user's code, which tracing runs
         return {}
     called = [n.target for n in nodes if n.op == "call_module"]
-    module = lambda n, kinds: n.op == "call_module" and isinstance(model.get_submodule(n.target), kinds) and (
-        called.count(n.target) == 1)
-    norms = tuple({type(m) for m in _norms(model).values() if m.affine})
-    return {n.target: n.args[0].target for n in nodes if module(n, norms)
-            and module(n.args[0], (nn.Conv2d, nn.Linear)) and len(n.args[0].users) == 1}
+    layers = {k: m.weight for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    norms = {k for k, m in _norms(model).items() if m.affine}
+    alone = lambda n, kind: n.op == "call_module" and n.target in kind and called.count(n.target) == 1
+    pairs = [(n, n.args[0]) for n in nodes if alone(n, norms) and n.args and alone(n.args[0], layers)]
+    owners = [id(w) for w in layers.values()]
+    return {norm.target: layer.target for norm, layer in pairs
+            if len(layer.users) == 1 and owners.count(id(layers[layer.target])) == 1}
 
 def fold(params, pairs):
     """The params, as scale_and_shift leaves them, with batch norms folded into the layers before: {norm:
     layer}.
-    The layer's weight (and its "NAME:step") is multiplied by the scale; the shift goes to its bias, or to an
+    The layer's weight (and "NAME:step") is multiplied by the scale; the shift goes to its bias, or to an
     entry "NAME:shift" for pack. Not for +-1 weights, which would be no more. Raises KeyError."""
     params = dict(params)
     for norm, layer in pairs.items():
@@ -655,7 +644,9 @@ def count_cost(model, params, buffers, shape=(3, 32, 32)):
     own = {k: w for k, w in params.items() if ":" not in k}
     fake = {k: w if folded(w) else torch.empty(w.shape, device="meta") for k, w in own.items()}
     empty = {k: b.to("meta") for k, b in buffers.items()}
-    graph = make_fx(lambda x: apply(model, fake, empty, x)[0])(torch.empty(1, *shape, device="meta"))
+    quantized, blank = set(), torch.empty(1, *shape, device="meta")
+    watched = _wrap(fake, [k for k in fake if fake[k].ndim > 1], lambda k, x: quantized.add(k) or x)
+    graph = make_fx(lambda x: apply(model, watched, empty, x)[0])(blank)
     stored = own | {k: b for k, b in buffers.items() if k not in _constants(model) and b.ndim}
     real = max([8 * w.element_size() for w in own.values() if not isinstance(w, Weight)], default=32)
     rows = {k: _row(k, t, real) for k, t in stored.items() if not folded(t)}
@@ -665,27 +656,31 @@ def count_cost(model, params, buffers, shape=(3, 32, 32)):
         op = str(node.target)
         if node.op != "call_function" or any(word in op for word in _FREE):
             continue
-        out = tensor(node if hasattr(tensor(node), "shape") else node.args[0]).shape.numel()
+        of = node.args[0] if "convolution" in op and node.args[6] else node   # a transposed one
+        out = tensor(of if hasattr(tensor(of), "shape") else node.args[0]).shape.numel()
         if op not in _PRODUCTS:
             read = max([tensor(a).shape.numel() for a in node.args if hasattr(a, "meta")], default=0)
             row = rows.setdefault(op, _row(op, torch.empty(0)))
-            row["ops"] += 2 * out if "batch_norm" in op else max(out, read)
+            row["ops"] += 2 * out if "norm" in op else max(out, read)
             continue
         weight = node.args[_PRODUCTS[op]]
         terms = tensor(weight).shape[1:].numel() if "conv" in op else tensor(weight).shape[-2]
-        while weight.op == "call_function":   # a view of the parameter
-            weight = weight.args[0]
+        bias = node.args[2] is not None if "convolution" in op else "addmm" in op
+        while weight.op == "call_function" and any(word in str(weight.target) for word in _FREE):
+            weight = weight.args[0]   # it is a view of
         name = names.get(id(getattr(graph, str(weight.target), None)), op)
         row = rows.setdefault(name, _row(op, torch.empty(0)))
         row |= {"macs": row["macs"] + out * terms, "terms": terms, "outputs": row["outputs"] + out}
-        row["ops"] += 2 * out * (isinstance(own.get(name), Weight) and own[name].parts["grid"] is not None)
+        parts = own[name].parts if isinstance(own.get(name), Weight) else {}
+        scaled = parts.get("scale") is not None and bool((parts["scale"] != 1).any() or parts["grid"])
+        row["ops"] += out * (scaled + (bias or parts.get("shift") is not None))
+        row["a_bits"] = row["a_bits"] if name in quantized else real
     return list(rows.values())
 
-def course_score(cost, credit_zeros=True):
-    """The score of IMT Atlantique's course for CIFAR-10 (ResNet-18 in fp16: 1.9895), from count_cost.
-    Weights over 5.6e6 and multiply-accumulates over 2.8e8, each by its own bits over 32, an operation by the
-    wider of its operands. credit_zeros: zeros are pruned weights, not stored; they save no operations, and
-    channels that were cut are gone from the tensors already. Eligible at 90 %."""
+def course_score(cost, credit_zeros=False):
+    """The score of IMT Atlantique's course for CIFAR-10 (ResNet-18 in fp16: 1.9895): weights over
+    5.6e6 and multiply-accumulates over 2.8e8, by bits over 32, an operation by the wider of its operands.
+    credit_zeros: zeros were pruned, and are not stored; they save no operations. Eligible at 90 %."""
     storage = sum((r["values"] - credit_zeros * r["zeros"]) * r["w_bits"] + r["side_bits"] for r in cost)
     operations = sum(max(r["w_bits"], r["a_bits"]) * r["macs"] for r in cost)
     return storage / 32 / 5.6e6 + operations / 32 / 2.8e8
@@ -699,8 +694,10 @@ def micronet_score(cost, accumulator=fp32_sums, freebie=False):
     """The score of the MicroNet challenge 2019, CIFAR-100 (WideResNet-28-10 in 32 bits: 2), from count_cost.
     Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where zeros make that smaller, plus
     multiplications and additions over 10.49e9 of 32 bits. Zeros are not multiplied; +-1 by a float or by +-1
-    costs 1 bit. accumulator(w_bits, a_bits, terms): the bits of an addition. freebie: values and products of
-    32 bits count as 16. Source: the challenge's rules. Eligible at 80 %."""
+    costs 1 bit. accumulator(w_bits, a_bits, terms): the bits of an addition. freebie: 32 counts as 16, save
+    in additions. Source: the challenge's rules. Eligible at 80 %."""
+    if freebie and any(r["values"] and r["w_bits"] < 16 for r in cost):
+        raise ValueError("the freebie is for networks with nothing below 16 bits")
     half = lambda bits: 16 if freebie and bits == 32 else bits
     storage = operations = 0
     for r in cost:
@@ -708,9 +705,9 @@ def micronet_score(cost, accumulator=fp32_sums, freebie=False):
         storage += min(r["values"] * w, (r["values"] - r["zeros"]) * w + r["values"])
         storage += r["side_bits"] * half(32) / 32
         product = 1 if r["w_bits"] == 1 and (a == 1 or a >= 16) else max(w, a)
-        width = accumulator(r["w_bits"], r["a_bits"], r["terms"])
+        width = min(32, accumulator(r["w_bits"], r["a_bits"], r["terms"]))
         additions = max(0, r["macs"] * dense - r["outputs"])
-        operations += r["macs"] * dense * product + additions * width + half(32) * r["ops"]
+        operations += r["macs"] * dense * product + additions * width + 32 * r["ops"]
     return storage / 32 / 36.5e6 + operations / 32 / 10.49e9
 
 # ---- 11. Checkpoints: a file that torch.load reads, sealed with a checksum over every byte ----
@@ -753,8 +750,7 @@ def save_checkpoint(path, net, hyperparam, **meta):
 
 def read_checkpoint(path):
     """The dict in a checkpoint file, tensors on the CPU; its checksum is verified before anything is parsed.
-    Files that others wrote with torch.save have no seal and are read without one; no code in a file is ever
-    run. Raises OSError if there is no such file, ValueError if it is damaged or no checkpoint."""
+    Files of others have no seal; no code in a file is ever run. Raises OSError, or ValueError if damaged."""
     data = Path(path).read_bytes()
     sealed, digest, has_seal = data[:-32], data[-32:], data[:-32].endswith(_SEAL)
     if has_seal and hashlib.sha256(sealed).digest() != digest:
@@ -762,8 +758,7 @@ def read_checkpoint(path):
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:   # torch.load raises many kinds for a file that it cannot read
-        why = ("it holds a pickled object, not tensors" if "weights_only" in str(error).lower() else
-               "damaged, or not one")
+        why = "it holds a pickled object" if "weights_only" in str(error).lower() else "damaged, or not one"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -795,15 +790,14 @@ def _construct(path, build, hyperparam):
     try:
         value = () if hyperparam is None else (hyperparam,)
         return build(**hyperparam) if isinstance(hyperparam, dict) else build(*value)
-    except TypeError as error:
+    except Exception as error:   # of a user's own constructor
         raise ValueError(f"{path}: the model does not take the hyperparam in the file ({error})") from None
 
 def load_checkpoint(path, build):
     """The network in a file: (model, params, buffers, meta), params being what it computes with.
-    build: the constructor, called as build(**hyperparam), or build(hyperparam) where the file holds a single
-    value, or build() where it holds none. meta: all else in the file, latent weights included. A plain state
-    dict, or one under 'net', with the prefixes module., model. or _orig_mod., is read too. Raises OSError, or
-    ValueError with exactly the keys that do not fit."""
+    build: the constructor, called as build(**hyperparam), build(hyperparam) for a single value, or build().
+    meta: all else in the file, latent weights included. A plain state dict, or one under 'net', with the
+    prefixes of wrappers, is read too. Raises OSError, or ValueError with exactly the keys that do not fit."""
     content = read_checkpoint(path)
     net = content.get("net", content)
     model = _construct(path, build, content.get("hyperparam"))
@@ -817,11 +811,13 @@ def load_checkpoint(path, build):
 def save_packed(path, model, packed, buffers, hyperparam, **meta):
     """Writes a deployed network, as pack makes it, with each weight in its own bits; atomic and sealed.
     The other arguments are save_checkpoint's. Raises OSError if it cannot be written."""
-    blob, index = [], {}
+    blob, index, left_out = [], {}, _constants(model)
     def put(t):
         blob.append(t.contiguous().flatten().view(torch.uint8).cpu())
         return str(t.dtype).removeprefix("torch."), list(t.shape), len(blob[-1])
-    for k, t in {k: t for k, t in (packed | buffers).items() if k not in _constants(model)}.items():
+    for k, t in (packed | buffers).items():
+        if k in left_out and t.dtype == left_out[k].dtype and torch.equal(t.cpu(), left_out[k].cpu()):
+            continue
         parts = t.parts if isinstance(t, Weight) else {"tensor": t}
         index[k] = {n: put(v) if torch.is_tensor(v) else v for n, v in parts.items()}
     save_checkpoint(path, {"blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
@@ -832,7 +828,7 @@ def load_packed(path, build):
     content = read_checkpoint(path)
     if "packed" not in content:
         raise ValueError(f"{path}: not a packed network")
-    blob, at = content["net"]["blob"], 0
+    blob, at = content["net"].get("blob"), 0
     def take(dtype, shape, length):
         nonlocal at
         raw, at = blob[at:at + length].clone(), at + length
@@ -843,7 +839,11 @@ def load_packed(path, build):
         return parts["tensor"] if "tensor" in parts else deploy(**parts)
     model = _construct(path, build, content.get("hyperparam"))
     expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors = _fit(_constants(model) | {k: tensor(e) for k, e in content["packed"].items()}, expected, path)
+    try:
+        tensors = _constants(model) | {k: tensor(entry) for k, entry in content["packed"].items()}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: its index and its bits do not fit together") from None
+    tensors = _fit(tensors, expected, path)
     part = lambda named: {k: tensors[k] for k, _ in named}
     meta = {k: v for k, v in content.items() if k not in ("net", "packed")}
     return model, part(model.named_parameters()), part(model.named_buffers()), meta

@@ -470,7 +470,8 @@ def load_network(path, device, name=None):
     if path is None:
         raise ValueError("this mode needs --checkpoint FILE")
     content = bcq.read_checkpoint(path)
-    name = name or content.get("config", {}).get("model")
+    config = content.get("config")
+    name = name or (config.get("model") if isinstance(config, dict) else None)
     if not name:
         raise ValueError(f"{path}: does not say of which model it is; add --model")
     load = bcq.load_packed if "packed" in content else bcq.load_checkpoint
@@ -538,10 +539,15 @@ def adapt_batch(config, images, explicit):
     return {**config, "batch_size": images}
 
 
+def exponential_schedule(start, end, steps):
+    """lr(step): from start to end at step == steps, by one factor a step. Source: the paper, section 3.2."""
+    return lambda step: start * (end / start) ** (step / steps)
+
+
 def schedule(config, steps):
     """lr(step) of a configuration with so many steps an epoch."""
     if config["schedule"] == "exponential":      # by the epoch, as in the paper
-        by_epoch = bcq.exponential_schedule(config["lr"], config["lr_end"], config["epochs"])
+        by_epoch = exponential_schedule(config["lr"], config["lr_end"], config["epochs"])
         return lambda step: by_epoch(step // steps)
     return bcq.linear_schedule(config["lr"], config["epochs"] * steps)
 
@@ -631,6 +637,7 @@ def save(path, job, run, **meta):
                         mode=job.config["mode"], dataset=job.config["dataset"], config=job.config,
                         classes=job.dataset["classes"], train_images=len(job.dataset["train_y"]),
                         bits=job.bits, grids=job.grids, steps=steps, masks=job.masks,
+                        first_steps={k: step for k, step in job.start[0].items() if ":" in k},
                         **preprocessing, **meta)
 
 
@@ -654,12 +661,23 @@ def end_epoch(job, run):
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
         line |= {"val_accuracy_latent": score(run["params"])["accuracy"]} if job.names else {}
     if MODES[job.config["mode"]][2]:
-        line |= {"at_bound": bcq.saturation(run["params"], job.names),
-                 "flipped": bcq.flips(run["before"], run["params"], job.names)}
+        line |= {"at_bound": saturation(run["params"], job.names),
+                 "flipped": flips(run["before"], run["params"], job.names)}
     return {
         **run, "epoch": run["epoch"] + 1, "step": 0, "losses": [], "accuracies": [], "before": run["params"],
         "history": run["history"] + [line]
     }
+
+
+def saturation(params, names, bound=1.0):
+    """The share, 0 to 1, of latent weights that sit at +-bound, over all the tensors in names."""
+    return sum((params[n].abs() >= bound).sum().item() for n in names) / sum(params[n].numel() for n in names)
+
+
+def flips(before, after, names):
+    """The share, 0 to 1, of signs that differ between two dicts of latent weights, over those in names."""
+    changed = sum(((before[n] >= 0) != (after[n] >= 0)).sum().item() for n in names)
+    return changed / sum(after[n].numel() for n in names)
 
 
 def recalibrated(job, run):
@@ -761,7 +779,8 @@ def find_run(args):
         if not saved.exists():
             raise ValueError(f"{folder}: no run to resume there (no last.pth)")
         content = bcq.read_checkpoint(saved)
-        if not {"state", "config", "source"} <= content.keys():
+        needed = {"state", "config", "source", "names", "bits", "grids", "masks", "first_steps"}
+        if not needed <= content.keys():
             raise ValueError(f"{saved}: a checkpoint, but not of a run to resume")
         return folder, content
     if saved.exists() or (folder / "model.pth").exists():
@@ -776,7 +795,8 @@ def resumed_args(args, saved):
     own = {**config, **saved["source"], "paper": config["preset"] == "paper"}
     own = {k: v for k, v in own.items() if k not in ("data_dir", "threads", "device")}
     for key in args.given.keys() & own.keys():
-        if args.given[key] not in (own[key], config.get(key)):
+        if args.given[key] not in (own[key], config.get(key)) and str(Path(
+                str(args.given[key])).resolve()) != own[key]:
             raise ValueError(f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {own[key]}")
     own = {k: config[k] for k in ("mode", "classes", "dtype")}
     source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads", "device")
@@ -808,6 +828,10 @@ def prepare_job(args, saved):
         hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"],
         teacher=args.teacher and load_network(args.teacher, device))
     if job.teacher:
+        own = {k: job.dataset[k] for k in ("mean", "std") if "zca" not in job.dataset}
+        its = job.teacher.meta
+        if "zca" in its or any(list(its.get(k, v)) != list(v) for k, v in own.items()):
+            raise ValueError(f"--teacher {args.teacher}: was trained on images prepared in another way")
         check_network(job.teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
     apply_method(job, saved)
     job.init, job.update = optimizer(config, job.start[0], job.names)
@@ -818,9 +842,11 @@ def prepare_job(args, saved):
 def started(job):
     """The params and buffers that a training starts from: the model's, or those in the file of --init."""
     params, buffers = bcq.split(job.model)
+    job.masks = {}
     if not job.args.init:
         return params, buffers
     net = load_network(job.args.init, job.device, job.config["model"])
+    job.masks = net.meta.get("masks", {})   # what was pruned stays pruned
     trained = {**net.params, **net.meta.get("latent", {})}
     wrong = [k for k, w in params.items() if k not in trained or trained[k].shape != w.shape]
     if wrong or net.packed:
@@ -830,42 +856,58 @@ def started(job):
 
 
 def apply_method(job, saved):
-    """Adds to the job what its method needs: names, bits, grids, masks, quantizers, forward, start."""
-    config, (quantizer, _, bits, _) = job.config, MODES[job.config["mode"]]
-    mixed_precision = bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply
-    inner = config["mode"] != "xnor"
-    every = bcq.quantizable(job.model, inner, inner)
-    if not every:
-        raise ValueError(f"--mode {config['mode']}: the model has no layer between its first and its last")
-    job.names = every if config["mode"] != "fp32" or config["prune"] else []
-    params, buffers = started(job)
-    job.bits, job.grids, job.masks = dict.fromkeys(job.names, bits or 32), {}, {}
-    images = prepare(job.dataset["train_x"][:min(512, len(job.dataset["train_x"]))], job.dataset)
+    """Adds to the job what its method needs: names, bits, grids, masks, start, quantizers and forward."""
+    config, (quantizer, *_) = job.config, MODES[job.config["mode"]]
+    if saved:
+        job.names, job.bits, job.grids, job.masks = (saved[k] for k in ("names", "bits", "grids", "masks"))
+        state = saved["state"]
+        job.start = bcq.to_device(({**state["params"], **saved["first_steps"]}, state["buffers"]), job.device)
+    else:
+        job.start = started(job)
+        choose_bits(job)
+    job.masks = bcq.to_device(job.masks, job.device)
     if config["mode"] == "lsq":
-        job.bits = {n: config["w_bits"] if n in every[1:-1] else 8 for n in every}
         quantizer = {n: bcq.lsq_weights(b) for n, b in job.bits.items()}
-        input_bits = {n: config["a_bits"] if n in every[1:-1] else 8 for n in every}
-        steps, job.grids = bcq.calibrate(job.model, params, buffers, images, input_bits, bcq.least_squares)
-        params |= {f"{n}:step": bcq.least_squares(params[n], b)[0] for n, b in job.bits.items()} | steps
+    job.quantizer, job.deployed = quantizer, bcq.binarize if config["mode"] == "bc-stochastic" else quantizer
+    if job.masks:
+        of = lambda quantizer, n: quantizer[n] if isinstance(quantizer, dict) else quantizer or (lambda w: w)
+        job.quantizer, job.deployed = ({n: bcq.masked(of(q, n), mask) for n, mask in job.masks.items()}
+                                       for q in (job.quantizer, job.deployed))
+    job.forward = bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply
+    job.forward = bcq.with_inputs(job.grids, job.forward) if job.grids else job.forward
+
+
+def choose_bits(job):
+    """Adds to a job that begins its names, bits, grids and masks, and to its start the steps of LSQ."""
+    config, (params, buffers) = job.config, job.start
+    bits, inner = MODES[config["mode"]][2] or 32, config["mode"] != "xnor"
+    names = bcq.quantizable(job.model, inner, inner)
+    if not names:
+        raise ValueError(f"--mode {config['mode']}: the model has no layer between its first and its last")
+    job.masks = bcq.prune(params, names, config["prune"]) if config["prune"] else job.masks
+    job.names = names if config["mode"] != "fp32" or job.masks else []
+    job.bits, job.grids = dict.fromkeys(job.names, bits), {}
+    images = prepare(job.dataset["train_x"][:512], job.dataset)
+    if not job.args.init:   # batch norm has no statistics yet, and the inputs no range
+        buffers = bcq.recalibrate(job.model, params, buffers, [(images, None)])
+    if config["mode"] == "lsq":
+        first_last = lambda bits: {n: bits if n in names[1:-1] else 8 for n in names}
+        job.bits = first_last(config["w_bits"])
+        steps, job.grids = bcq.calibrate(job.model, params, buffers, images, first_last(config["a_bits"]),
+                                         bcq.least_squares)
+        steps |= {f"{n}:step": bcq.least_squares(params[n], b)[0] for n, b in job.bits.items()}
+        job.start = ({**params, **steps}, job.start[1])
     if config["mode"] == "xnor":
-        job.grids = dict.fromkeys(every, (1, 1))
-        smallest, _ = bcq.calibrate(job.model, params, buffers, images, job.bits, lambda x, _: (x.min(), 0))
-        blind = [k.split(":")[0] for k, low in smallest.items() if low >= 0]
+        job.grids = dict.fromkeys(names, (1, 1))
+        lowest, _ = bcq.calibrate(job.model, params, buffers, images, job.bits, lambda x, _: (x.min(), 0))
+        blind = [k.split(":")[0] for k, low in lowest.items() if low >= 0]
         if blind:
             raise ValueError(f"--mode xnor: the input of {blind[0]} is never negative (after a ReLU?), so "
                              "its sign says nothing: take an activation such as hardtanh")
-    job.deployed = bcq.binarize if config["mode"] == "bc-stochastic" else quantizer
-    if config["prune"]:
-        job.masks = saved["masks"] if saved else bcq.prune(params, every, config["prune"])
-        job.masks = bcq.to_device(job.masks, job.device)
+    if job.masks:
+        if job.masks.keys() != set(names):
+            raise ValueError(f"{job.args.init}: its zeros are in other layers than --mode {config['mode']}'s")
         job.bits = {n: max(2, b) for n, b in job.bits.items()}
-        of = lambda quantizer, n: quantizer[n] if isinstance(quantizer, dict) else quantizer or (lambda w: w)
-        quantizer, job.deployed = ({n: bcq.masked(of(q, n), mask) for n, mask in job.masks.items()}
-                                   for q in (quantizer, job.deployed))
-    if saved:
-        job.grids = saved["grids"]
-    job.quantizer, job.start = quantizer, (params, buffers)
-    job.forward = bcq.with_inputs(job.grids, mixed_precision) if job.grids else mixed_precision
 
 
 def finished(folder):
@@ -970,13 +1012,21 @@ def packed(net, bits=None, grids=None, steps=None):
         return net.params, net.buffers
     bits = net.meta.get("bits", dict.fromkeys(net.meta.get("names", []), 1)) if bits is None else bits
     grids = net.meta.get("grids", {}) if grids is None else grids
-    params, buffers = bcq.scale_and_shift(net.model, {**net.params, **(steps or {})}, net.buffers)
+    own = {k: w for k, w in net.params.items() if steps is None or not k.endswith(":input_step")}
+    params, buffers = bcq.scale_and_shift(net.model, {**own, **(steps or {})}, net.buffers)
     pairs = bcq.fold_pairs(net.model).items()
     params = bcq.fold(params, {norm: layer for norm, layer in pairs if bits.get(f"{layer}.weight") != 1})
     return bcq.pack(params, {k: b for k, b in bits.items() if b <= 8}, grids), buffers
 
 
 THRESHOLDS = {"cifar10": 0.90, "cifar100": 0.80}
+
+
+def eligible(dataset, classes, accuracy):
+    """Whether a network may compete for a score: the whole data set at its threshold; None for other data."""
+    if dataset not in THRESHOLDS:
+        return None
+    return classes == {"cifar10": 10, "cifar100": 100}[dataset] and accuracy >= THRESHOLDS[dataset]
 
 
 def costs(model, params, buffers, shape=(3, 32, 32)):
@@ -988,6 +1038,7 @@ def costs(model, params, buffers, shape=(3, 32, 32)):
     return {"real_layers": sum(row["w_bits"] > 8 for row in layers), "w_bits": usual("w_bits"),
             "a_bits": usual("a_bits"), "macs": sum(row["macs"] for row in cost),
             "zeros": sum(row["zeros"] for row in layers), "course_score": bcq.course_score(cost),
+            "course_score_zeros_pruned": bcq.course_score(cost, credit_zeros=True),
             "micronet_score": bcq.micronet_score(cost)}
 
 
@@ -1022,8 +1073,8 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
         "test_accuracy": accuracy, "train_seconds": train_seconds,
         "parameters": sum(p.numel() for p in net.model.parameters()), **counted, "file_bytes": size,
         "fp32_file_bytes": whole, "shrink": whole / size,
-        "eligible": None if accuracy is None or config["dataset"] not in THRESHOLDS else
-        accuracy >= THRESHOLDS[config["dataset"]], **more, "torch": torch.__version__, "commit": commit(),
+        "eligible": eligible(config["dataset"], config["classes"], accuracy), **more,
+        "torch": torch.__version__, "commit": commit(),
         "command": command_line(args), "date": date.today().isoformat(), "config": config}
     Path(args.record).parent.mkdir(parents=True, exist_ok=True)
     with open(args.record, "a") as file:
@@ -1108,7 +1159,8 @@ def checkpoint_data(args, net, device):
     dataset = args.given.get("dataset") or net.meta.get("dataset", "cifar10")
     if dataset not in (*STATISTICS, "shapes") and "dataset" not in args.given:
         raise ValueError(f"{args.checkpoint}: was trained on {dataset}; say where with --dataset FOLDER")
-    classes = args.classes or (len(net.meta["classes"]) if "classes" in net.meta else None)
+    named = net.meta.get("classes")
+    classes = args.classes or (len(named) if isinstance(named, list) else None)
     data = bcq.to_device(load_data(dataset, args.data_dir, classes), device)
     data |= {k: net.meta[k] for k in ("mean", "std", "zca") if k in net.meta}
     check_network(net, prepare(data["train_x"][:2], data), len(data["classes"]))
@@ -1129,6 +1181,8 @@ def evaluate_checkpoint(args):
 def convert(args):
     """--mode ptq and export: a trained network in fewer bits; each version is written, then measured from its
     file: accuracy, size, latency, side by side: the exit status."""
+    if "a_bits" in args.given:
+        raise ValueError("--a-bits is for --mode lsq; ptq has 8, or --inputs real")
     if args.mode == "ptq" and args.dtype not in ("fp16", "bf16", "int8"):
         raise ValueError("--mode ptq needs --dtype fp16, bf16 or int8")
     device, _ = choose_device(args)
@@ -1140,7 +1194,7 @@ def convert(args):
     data = checkpoint_data(args, net, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
-    left_out = ("bcq", "hyperparam", "latent", "state", "source", "masks")
+    left_out = ("bcq", "hyperparam", "latent", "state", "source", "masks", "first_steps", "accuracies")
     meta = {k: v for k, v in net.meta.items() if k not in left_out}
     stem = folder / Path(args.checkpoint).stem
     name, write = version(args, net, data, meta, stem)
@@ -1185,18 +1239,18 @@ def version(args, net, data, meta, stem):
     if args.dtype in ("fp16", "bf16"):
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
         return args.dtype, lambda: as_float(net, dtype, meta, Path(f"{stem}-{args.dtype}.pth"))
-    bits = dict.fromkeys(bcq.quantizable(net.model), args.given.get("w_bits", 8))
+    count = args.given.get("w_bits", 8)
+    bits, name = dict.fromkeys(bcq.quantizable(net.model), count), "int8" if count == 8 else f"w{count}a8"
     if args.inputs == "real":
-        name = f"w{bits[next(iter(bits))]}"
-        return name, lambda: packed_to(Path(f"{stem}-{name}.bcq"), bits, {})
+        return f"w{count}", lambda: packed_to(Path(f"{stem}-w{count}.bcq"), bits, {}, {})
     if args.inputs == "dynamic":
         ranges = dict.fromkeys(bits, (8, 0))
-        return "int8-dynamic", lambda: packed_to(Path(f"{stem}-int8-dynamic.bcq"), bits, ranges)
+        return f"{name}-dynamic", lambda: packed_to(Path(f"{stem}-{name}-dynamic.bcq"), bits, ranges, {})
     fit = {"min-max": bcq.min_max, "least-squares": bcq.least_squares}[args.fit]
     chosen = torch.randperm(len(data["train_y"]), generator=torch.Generator().manual_seed(0))[:1000]
     images = prepare(data["train_x"][chosen.to(data["train_x"].device)], data)
     steps, grids = bcq.calibrate(net.model, net.params, net.buffers, images, dict.fromkeys(bits, 8), fit)
-    return "int8", lambda: packed_to(Path(f"{stem}-int8.bcq"), bits, grids, steps)
+    return name, lambda: packed_to(Path(f"{stem}-{name}.bcq"), bits, grids, steps)
 
 
 @torch.no_grad()
@@ -1231,20 +1285,22 @@ def score(args):
     print(f"{'':34} " + " ".join(f"{key:>12}" for key in keys))
     for row in cost:
         print(f"{row['layer']:34} " + " ".join(f"{row[key]:12,}" for key in keys))
-    result = test(net, data)
-    threshold = THRESHOLDS.get(data["name"])
+    deployed_net = argparse.Namespace(**{**vars(net), "params": params, "buffers": buffers,
+                                         "forward": bcq.in_dtype(net.dtype)})
+    result = test(deployed_net, data)
+    may = eligible(data["name"], len(data["classes"]), result["accuracy"])
     stored = sum(r["values"] * r["w_bits"] + r["side_bits"] for r in cost)
     print(f"{'in all':34} {sum(r['values'] for r in cost):12,} values, {stored / 8:,.0f} bytes; "
           f"{sum(r['macs'] for r in cost):,} multiply-accumulates")
-    print(f"file       {Path(args.checkpoint).stat().st_size:,} bytes")
-    print(f"test       accuracy {result['accuracy']:.4f}" + (f", threshold {threshold:.2f}: " + (
-        "eligible" if result["accuracy"] >= threshold else "not eligible") if threshold else ""))
-    dense = bcq.course_score(cost, credit_zeros=False)
-    print(f"scores     course {bcq.course_score(cost):.5f} ({dense:.5f} without credit for zeros), "
-          f"MicroNet {bcq.micronet_score(cost):.5f}")
+    print(f"file       {Path(args.checkpoint).stat().st_size:,} bytes"
+          + ("" if net.packed else "; the table is of the network packed, as --mode export writes it"))
+    print(f"test       accuracy {result['accuracy']:.4f}" + ("" if may is None else
+          f", threshold {THRESHOLDS[data['name']]:.2f}: {'eligible' if may else 'not eligible'}"))
+    print(f"scores     course {bcq.course_score(cost):.5f} ({bcq.course_score(cost, True):.5f} if zeros are "
+          f"pruned weights), MicroNet {bcq.micronet_score(cost):.5f}")
     if args.record and "config" in net.meta:
         record(args, "score", Path(args.checkpoint), net.meta["config"], result["accuracy"], device, "fp32",
-               None, net.meta["train_images"], course_score_without_zeros=dense)
+               None, net.meta["train_images"])
     return expect(args, result["accuracy"])
 
 
@@ -1293,17 +1349,22 @@ def sweep(args):
         parse_arguments(flags + [f"--{k}={v}" for k, v in run.items()])   # all, before the first is run
     rows = []
     for run in runs:
-        name = "-".join(SHORT.get(k, k) + Path(v).name.replace(":", "-") for k, v in run.items())
+        name = "-".join(SHORT.get(k, k) + v.replace("/", "_").replace(":", "-") for k, v in run.items())
         cell, words = folder / name, flags + [f"--{k}={v}" for k, v in run.items()]
+        if (cell / "words.json").exists() and json.loads((cell / "words.json").read_text()) != words:
+            raise ValueError(f"{cell}: was run with other flags; give the sweep another --out")
         result = cell / "result.jsonl"
         print(f"cell       {name}", flush=True)
         if not result.exists():
+            cell.mkdir(parents=True, exist_ok=True)
+            write_lines(cell / "words.json", [words])
             status = main([*words, "--out", str(cell), "--resume"])
             if status:
                 return status
             unfinished = cell / "result.tmp"
             unfinished.unlink(missing_ok=True)
             places = [w for k in ("data_dir", "dataset", "threads", "device") for w in own.get(k, [])]
+            places += [f"--{k}={run[k]}" for k in ("data-dir", "dataset") if k in run]
             status = main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
                            str(unfinished), *places])
             if status:
@@ -1369,7 +1430,7 @@ def predict(args):
         raise ValueError("--mode predict needs image files")
     device, _ = choose_device(args)
     net = load_network(args.checkpoint, device, args.given.get("model"))
-    if "mean" not in net.meta:
+    if "mean" not in net.meta or "classes" not in net.meta:
         raise ValueError(f"{args.checkpoint}: does not say how its inputs are normalised")
     images = torch.stack([decode(path, resize=True) for path in args.images]).to(device)
     classes = net.meta["classes"]

@@ -25,8 +25,9 @@ def published(records):
     groups = {name: [] for name in ROWS.values()}
     for r in records:
         name = ROWS.get((r.get("method"), r.get("w_bits"), r.get("a_bits")))
-        if name and r["kind"] in ("export", "ptq") and r["dataset"] == "cifar10" and r["width"] == 1:
-            groups[name].append(r)
+        full = r.get("model") == "fast" and r.get("width") == 1 and r.get("dataset") == "cifar10"
+        if name and full and r["kind"] in ("export", "ptq"):
+            groups[name] = [other for other in groups[name] if other["seed"] != r["seed"]] + [r]
     return {name: group for name, group in groups.items() if group}
 
 
@@ -55,7 +56,8 @@ def table(groups):
 
 def times(records):
     """The training times, from the records of kind train, in words."""
-    trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10" and r["width"] == 1]
+    trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
+               and (r["model"], r["width"]) == ("fast", 1)]
     key = lambda r: (r["mode"], r["w_bits"], r["config"]["w_bits"]
                      if "config" in r and r["mode"] == "lsq" else 0)
     groups = [list(group) for _, group in groupby(sorted(trained, key=key), key)]
@@ -92,7 +94,7 @@ def best_scores(records):
         lines.append(
             f"| {r['mode']}, `{r['model']}` of width {r['width']} | {100 * r['test_accuracy']:.2f} | "
             f"{r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | {r['course_score']:.5f} | "
-            f"{r['course_score_without_zeros']:.5f} | {r['micronet_score']:.5f} |")
+            f"{r['course_score_zeros_pruned']:.5f} | {r['micronet_score']:.5f} |")
     return [*lines, "", "    python run.py --mode score --checkpoint model.bcq --data-dir DATA"
             ] if rows else []
 

@@ -123,8 +123,8 @@ def pruned_cost(share, bits=None):
 def test_zeros_are_credited_once_in_storage_and_never_in_the_courses_operations():
     whole, half = pruned_cost(0), pruned_cost(0.5)
     assert half[0]["zeros"] == 240
-    assert math.isclose(bcq.course_score(half), 240 / 5.6e6 + 480 / 2.8e8)
-    assert math.isclose(bcq.course_score(half, credit_zeros=False), bcq.course_score(whole))
+    assert math.isclose(bcq.course_score(half, credit_zeros=True), 240 / 5.6e6 + 480 / 2.8e8)
+    assert math.isclose(bcq.course_score(half), bcq.course_score(whole))
 
 
 def test_zeros_pay_a_mask_in_micronets_storage_and_save_its_operations():
@@ -137,7 +137,7 @@ def test_zeros_pay_a_mask_in_micronets_storage_and_save_its_operations():
 
 def test_the_largest_share_of_zeros_is_all_of_them():
     cost = pruned_cost(0.99)
-    assert 0 < bcq.course_score(cost) < bcq.course_score(pruned_cost(0))
+    assert 0 < bcq.course_score(cost, credit_zeros=True) < bcq.course_score(pruned_cost(0))
     assert all(row["zeros"] <= row["values"] for row in cost)
 
 
@@ -154,7 +154,7 @@ def test_accumulator_policies_price_additions_alone():
         expected = storage + (products + additions * bits) / 32 / 10.49e9
         assert math.isclose(bcq.micronet_score(cost, policy), expected)
     cost[0] |= {"w_bits": 1, "a_bits": 32}
-    expected = 100 / 32 / 36.5e6 + (1000 * 1 + additions * 33) / 32 / 10.49e9
+    expected = 100 / 32 / 36.5e6 + (1000 * 1 + additions * 32) / 32 / 10.49e9   # floats are added in 32
     assert math.isclose(bcq.micronet_score(cost, bcq.adder_tree), expected)
     cost[0] |= {"a_bits": 8}     # no sign bit of its own: the product costs what the wider operand does
     expected = 100 / 32 / 36.5e6 + (1000 * 8 + additions * 9) / 32 / 10.49e9
@@ -177,3 +177,36 @@ def test_every_network_of_models_is_counted(name):
         return
     cost = cost_of(models.MODELS[name](width=0.25))
     assert macs(cost) > 0 and bcq.course_score(cost) > 0 and bcq.micronet_score(cost) > 0
+
+
+def test_a_bias_is_one_more_addition_and_a_scale_one_more_product():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 10))
+    params, buffers = bcq.split(model)
+    operations = lambda p: sum(2 * r["macs"] - r["outputs"] + r["ops"] for r in
+                               bcq.count_cost(model, p, buffers, (3, 4, 4)))
+    assert operations(params) == 2 * 480
+    signs = {**params, "1.weight": bcq.binarize(params["1.weight"])}
+    scaled = {**params, "1.weight": bcq.binarize_scaled(params["1.weight"])}
+    assert operations(bcq.pack(signs, {"1.weight": 1})) == 2 * 480
+    assert operations(bcq.pack(scaled, {"1.weight": 1})) == 2 * 480 + 10
+
+
+def test_the_freebie_is_refused_to_networks_with_anything_below_16_bits():
+    with pytest.raises(ValueError, match="freebie"):
+        bcq.micronet_score(pruned_cost(0, 8), freebie=True)
+
+
+def test_inputs_of_a_layer_that_computes_in_another_way_count_as_real():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 5, bias=False)
+
+        def forward(self, x):
+            return x.flatten(1) @ self.layer.weight.T
+
+    model = Own()
+    params, buffers = bcq.split(model)
+    packed = bcq.pack(params, {"layer.weight": 8}, {"layer.weight": (8, 0)})
+    row, = [r for r in bcq.count_cost(model, packed, buffers, (3, 2, 2)) if r["macs"]]
+    assert (row["macs"], row["w_bits"], row["a_bits"]) == (60, 8, 32)

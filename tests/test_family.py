@@ -186,6 +186,7 @@ def test_pruning_removes_the_share_of_smallest_magnitude_over_all_layers():
     assert (~mask).sum() == 320 and flat[~mask].abs().max() < flat[mask].abs().min()
     assert (~masks["b"]).float().mean() > 0.8 > (~masks["a"]).float().mean()
     assert all(m.all() for m in bcq.prune(params, ["a", "b"], 0.0).values())
+    assert bcq.prune({"a": torch.ones(8)}, ["a"], 0.25)["a"].sum() == 6     # ties, too, are cut at the share
 
 
 @pytest.mark.parametrize("quantizer", [bcq.binarize, bcq.binarize_scaled, bcq.ternarize, lambda w: w])
@@ -225,3 +226,9 @@ def test_soft_labels_of_one_class_train_like_the_label_itself():
     assert hard[3]["accuracy"] == soft[3]["accuracy"]
     assert torch.allclose(bcq.square_hinge(x.flatten(1)[:, :10], labels),
                           bcq.square_hinge(x.flatten(1)[:, :10], F.one_hot(labels, 10)))
+
+
+def test_the_square_hinge_of_probabilities_is_their_mean_over_hard_labels():
+    logits, p = torch.randn(4, 3, generator=G), torch.rand(4, 3, generator=G).softmax(1)
+    margin = lambda t: (1 - t * logits).clamp(min=0).square()
+    assert torch.allclose(bcq.square_hinge(logits, p), (p * margin(1.0) + (1 - p) * margin(-1.0)).mean())

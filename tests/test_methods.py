@@ -1,5 +1,6 @@
 """The family of methods on the command line: training, conversion, export, scores and sweeps."""
 
+import functools
 import json
 import os
 
@@ -10,6 +11,16 @@ from test_run import TINY, assert_one_clear_line, call, tree
 
 import bcq
 import run
+
+
+draw_shapes_once = functools.cache(run.load_shapes)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_drawn_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_shapes", lambda: dict(draw_shapes_once()))
+        yield
 
 
 def main(*words):

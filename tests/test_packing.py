@@ -59,8 +59,10 @@ def test_real_weights_are_rounded_to_the_nearest_of_their_filters_grid(bits):
 
 
 def test_real_weights_do_not_pass_for_1_bit():
-    with pytest.raises(ValueError, match="w: its filters have more than two values"):
-        bcq.pack({"w": torch.tensor([[1.0, -0.5]])}, {"w": 1})
+    for w in ([[1.0, -0.5]], [[1.0, 0.0, -1.0]]):
+        with pytest.raises(ValueError, match="w: its filters have more than two values"):
+            bcq.pack({"w": torch.tensor(w)}, {"w": 1})
+    assert not bcq.pack({"w": torch.zeros(2, 3)}, {"w": 1})["w"].value().any()
 
 
 def test_a_deployed_tensor_shows_its_values_to_all_but_its_layer():
@@ -264,3 +266,76 @@ def test_a_deployed_network_moves_between_devices_like_any_dict():
     x = torch.randn(2, 3, 32, 32, generator=G)
     assert torch.equal(bcq.apply(model, packed, buffers, x)[0], bcq.apply(model, moved, buffers, x)[0])
     assert all(type(moved[k]) is type(packed[k]) for k in packed)
+
+
+def test_statistics_of_batch_norm_that_were_not_made_constants_survive_in_the_file(tmp_path):
+    model = Small()
+    params, buffers = trained(model)
+    bits = dict.fromkeys(bcq.quantizable(model), 8)
+    packed = bcq.pack(params, bits)
+    bcq.save_packed(tmp_path / "x.bcq", model, packed, buffers, None)
+    again, p, b, _ = bcq.load_packed(tmp_path / "x.bcq", Small)
+    x = torch.randn(8, 3, 8, 8, generator=G)
+    assert torch.equal(bcq.apply(model, packed, buffers, x)[0], bcq.apply(again, p, b, x)[0])
+
+
+@pytest.mark.parametrize("second", [{"track_running_stats": False}, {"affine": False}])
+def test_a_batch_norm_without_statistics_or_weights_is_not_folded(second):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3),
+                          nn.BatchNorm2d(4, **second))
+    assert bcq.fold_pairs(model) == {"1": "0"}
+
+
+def test_a_layer_whose_weight_another_layer_shares_is_not_folded_into():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3))
+    model[2].weight = model[0].weight
+    assert bcq.fold_pairs(model) == {}
+
+
+def test_a_negative_scale_folded_into_a_learned_step_computes_the_same():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    params, buffers = trained(model)
+    params["1.weight"] = torch.tensor([1.0, -1.0, 2.0, -0.5])
+    params |= {"0.weight:step": torch.tensor(0.05), "0.weight:input_step": torch.tensor(0.02)}
+    weights = bcq.quantize_params(params, ["0.weight"], bcq.lsq_weights(4))
+    p, b = bcq.scale_and_shift(model, weights, buffers)
+    pack = lambda params: bcq.pack(params, {"0.weight": 4}, {"0.weight": (8, 128)})
+    x = torch.randn(4, 3, 8, 8, generator=G)
+    found, expected = (bcq.apply(model, pack(q), b, x)[0] for q in (bcq.fold(p, {"1": "0"}), p))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_deployed_network_in_half_precision_reloads_and_computes(tmp_path):
+    model = Small()
+    params, buffers = trained(model)
+    x = torch.randn(8, 3, 8, 8, generator=G)
+    exact, _ = bcq.apply(model, params, buffers, x)
+    p, b = bcq.scale_and_shift(model, *(bcq.to_dtype(t, torch.float16) for t in (params, buffers)))
+    names = bcq.quantizable(model)
+    packed = bcq.pack(p, dict.fromkeys(names, 8), dict.fromkeys(names, (8, 0)))
+    bcq.save_packed(tmp_path / "x.bcq", model, packed, b, None)
+    again, q, c, _ = bcq.load_packed(tmp_path / "x.bcq", Small)
+    found, _ = bcq.in_dtype(torch.float16)(again, q, c, x)
+    assert torch.equal(found, bcq.in_dtype(torch.float16)(model, packed, b, x)[0])
+    assert (found - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_deployed_tensor_is_not_moved_or_cast_as_if_it_were_its_values():
+    packed = bcq.pack({"w": torch.randn(3, 4)}, {"w": 8})
+    for careless in (lambda w: w.to("cpu"), lambda w: w.half(), lambda w: w.clone()):
+        with pytest.raises(TypeError, match="to_device"):
+            careless(packed["w"])
+    with pytest.raises(TypeError, match="to_device"):
+        bcq.to_dtype(packed, torch.float16)
+    assert torch.cat([packed["w"], packed["w"]]).shape == (6, 4)
+
+
+def test_an_index_that_does_not_fit_the_bits_is_a_clear_error(tmp_path):
+    packed_file(tmp_path)
+    content = bcq.read_checkpoint(tmp_path / "x.bcq")
+    for change in ({"net": {"blob": content["net"]["blob"][:50]}}, {"net": {}},
+                   {"packed": {**content["packed"], "conv.weight": {"codes": 3}}}):
+        it = {**content, **change}
+        bcq.save_checkpoint(tmp_path / "y.bcq", it["net"], None, packed=it["packed"])
+        with pytest.raises(ValueError, match="y.bcq: its index and its bits do not fit"):
+            bcq.load_packed(tmp_path / "y.bcq", Small)

@@ -9,6 +9,7 @@ from conftest import Small, same
 from torch import nn
 
 import bcq
+import run
 
 
 def test_binarize_is_plus_one_at_and_above_zero_and_minus_one_below():
@@ -132,8 +133,8 @@ def test_saturation_and_flips_are_shares_over_all_named_weights():
     after = {
         "a": torch.tensor([-1.0, -1.0, 0.5, 0.0]), "b": torch.tensor([0.2, 0.3]), "norm": torch.tensor([-1.0])
     }
-    assert bcq.saturation(before, ["a", "b"]) == pytest.approx(2 / 6)
-    assert bcq.flips(before, after, ["a", "b"]) == pytest.approx(2 / 6)
+    assert run.saturation(before, ["a", "b"]) == pytest.approx(2 / 6)
+    assert run.flips(before, after, ["a", "b"]) == pytest.approx(2 / 6)
 
 
 def test_no_function_of_the_dict_writes_into_its_arguments():
@@ -143,8 +144,8 @@ def test_no_function_of_the_dict_writes_into_its_arguments():
     bcq.quantize_params(params, names, bcq.binarize)
     bcq.quantize_params(params, names, bcq.binarize_stochastic, noise)
     bcq.clip_params(params, names, 0.01)
-    bcq.saturation(params, names)
-    bcq.flips(params, params, names)
+    run.saturation(params, names)
+    run.flips(params, params, names)
     bcq.to_dtype(params, torch.float16)
     bcq.orthogonalize(params["conv.weight"])
     assert same(params, kept)

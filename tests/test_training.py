@@ -10,6 +10,7 @@ from conftest import Small, batch, same
 from torch.func import functional_call
 
 import bcq
+import run
 
 
 def start(model, pair, std=0.3):
@@ -103,7 +104,7 @@ def test_latent_weights_stay_within_the_bound_and_batch_norm_and_biases_may_leav
     for i in range(10):
         params, buffers, state, _ = step(params, buffers, state, batch(i), 10.0)
     assert all(params[n].abs().max() <= 1 for n in names)
-    assert bcq.saturation(params, names) > 0
+    assert run.saturation(params, names) > 0
     assert max(p.abs().max() for n, p in params.items() if n not in names) > 1
 
 
