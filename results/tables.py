@@ -86,7 +86,7 @@ def conditions(groups, records):
 def built_in(records):
     """What the built-in data set was measured to be, in words; empty without records."""
     rows = [r for r in records if r["kind"] == "train" and r["dataset"] == "shapes"]
-    return ["", *[f"On the built-in `shapes` ({r['train_images']:,} training images, {r['epochs']} epochs, one "
+    return ["", *[f"On `shapes` ({r['train_images']:,} training images, {r['epochs']} epochs, one "
                   f"seed) `{r['model']}` in {r['mode']} gets {100 * r['test_accuracy']:.2f} %: "
                   f"`{r['command']}`, commit {r['commit']}." for r in rows]] if rows else []
 
