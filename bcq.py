@@ -102,9 +102,9 @@ def quantizable(model, first=True, last=True):
 
 def _known(params, names):
     """The names as a set. Raises KeyError for those that are not in params."""
-    if set(names) - params.keys():
-        raise KeyError(f"no such parameter: {', '.join(sorted(set(names) - params.keys()))}")
-    return set(names)
+    if missing := (names := set(names)) - params.keys():
+        raise KeyError(f"no such parameter: {', '.join(sorted(missing))}")
+    return names
 
 def quantize_params(params, names, quantizer, noise=None):
     """The params with quantizer(w) in place of each w in names: the weights that the network computes with.

@@ -8,6 +8,7 @@ import torch
 from conftest import same
 
 import bcq
+import run as command_line
 
 SHAPES = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12), "bias": (8, )}
 
@@ -125,6 +126,6 @@ def test_the_linear_schedule_rises_over_the_warmup_and_falls_in_a_line_to_zero()
 
 
 def test_the_exponential_schedule_goes_from_start_to_end_by_one_factor():
-    lr = run.exponential_schedule(3e-3, 2e-6, 500)
+    lr = command_line.exponential_schedule(3e-3, 2e-6, 500)
     assert lr(0) == pytest.approx(3e-3) and lr(500) == pytest.approx(2e-6)
     assert lr(101) / lr(100) == pytest.approx(lr(401) / lr(400)) == pytest.approx((2e-6 / 3e-3)**(1 / 500))
