@@ -95,8 +95,8 @@ def best_scores(records):
     """The table of the networks of the lowest course score at 90 % or more, as Markdown."""
     rows = [r for r in records if r["kind"] == "score" and r["dataset"] == "cifar10" and r["eligible"]]
     lines = [
-        "", "| network at 90 % or more | test accuracy, % | W, A bits | file, bytes | course score | if zeros "
-        "count as pruned | MicroNet score |", "|---|---|---|---|---|---|---|"
+        "", "| network at 90 % or more | test accuracy, % | W, A bits | file, bytes | course score | if "
+        "zeros count as pruned | MicroNet score |", "|---|---|---|---|---|---|---|"
     ]
     for r in sorted(rows, key=lambda r: r["course_score"]):
         lines.append(
