@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager
 from datetime import date
 from functools import partial
@@ -421,7 +422,9 @@ def in_one_line(name, call):
     """What call() returns; whatever a user's own code raises in it becomes a ValueError of one line."""
     try:
         return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if str(error).startswith(f"--model {name}: "):   # said already
+            raise
         raise ValueError(f"--model {name}: {type(error).__name__}: {one_line(error)}") from None
 
 
@@ -436,6 +439,8 @@ def builder(name):
     def read():
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)        # where dataclasses look for it
+        sys.path.append(str(Path(file).resolve().parent))   # and its imports for what lies beside it
         spec.loader.exec_module(module)
         return getattr(module, attribute)
 
@@ -826,13 +831,18 @@ def prepare_job(args, saved):
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
         hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"],
-        teacher=args.teacher and load_network(args.teacher, device))
+        teacher=args.teacher and in_fp32(load_network(args.teacher, device)))
     if job.teacher:
         own = {k: job.dataset[k] for k in ("mean", "std") if "zca" not in job.dataset}
         its = job.teacher.meta
         if "zca" in its or any(list(its.get(k, v)) != list(v) for k, v in own.items()):
             raise ValueError(f"--teacher {args.teacher}: was trained on images prepared in another way")
         check_network(job.teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
+    params, buffers = bcq.split(job.model)
+    check = argparse.Namespace(name=config["model"], model=job.model, forward=bcq.apply, params=params,
+                               buffers=buffers)
+    for train in (False, True):
+        check_network(check, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"], train)
     apply_method(job, saved)
     job.init, job.update = optimizer(config, job.start[0], job.names)
     job.lr_at, job.step = schedule(config, job.steps), make_step(job)
@@ -845,7 +855,7 @@ def started(job):
     job.masks = {}
     if not job.args.init:
         return params, buffers
-    net = load_network(job.args.init, job.device, job.config["model"])
+    net = in_fp32(load_network(job.args.init, job.device, job.config["model"]))
     job.masks = net.meta.get("masks", {})   # what was pruned stays pruned
     trained = {**net.params, **net.meta.get("latent", {})}
     wrong = [k for k, w in params.items() if k not in trained or trained[k].shape != w.shape]
@@ -913,7 +923,7 @@ def choose_bits(job):
 def finished(folder):
     """The test accuracy of a run that came to its end, or None."""
     path = folder / "model.pth"
-    return bcq.read_checkpoint(path)["accuracies"].get("test_accuracy") if path.exists() else None
+    return bcq.read_checkpoint(path).get("accuracies", {}).get("test_accuracy") if path.exists() else None
 
 
 @contextmanager
@@ -938,10 +948,6 @@ def train(args):
         return expect(args, done)
     job = prepare_job(args, saved)
     run = bcq.to_device(saved["state"], job.device) if saved else fresh(job)
-    net = argparse.Namespace(name=job.config["model"], model=job.model, forward=job.forward,
-                             params=run["params"], buffers=run["buffers"])
-    for train in (False, True):
-        check_network(net, prepare(job.dataset["train_x"][:2], job.dataset), job.config["classes"], train)
     describe(job, run)
     folder.mkdir(parents=True, exist_ok=True)
     keep = partial(save, folder / "last.pth", job, source=where(job))
@@ -1162,6 +1168,9 @@ def checkpoint_data(args, net, device):
     named = net.meta.get("classes")
     classes = args.classes or (len(named) if isinstance(named, list) else None)
     data = bcq.to_device(load_data(dataset, args.data_dir, classes), device)
+    if isinstance(named, list) and named[:len(data["classes"])] != data["classes"]:
+        raise ValueError(f"{args.checkpoint}: was trained on other classes than those of {data['name']}: "
+                         f"{', '.join(map(str, named[:3]))}, ...")
     data |= {k: net.meta[k] for k in ("mean", "std", "zca") if k in net.meta}
     check_network(net, prepare(data["train_x"][:2], data), len(data["classes"]))
     return data
@@ -1189,6 +1198,7 @@ def convert(args):
     net = load_network(args.checkpoint, device, args.given.get("model"))
     if net.packed:
         raise ValueError(f"{args.checkpoint}: is packed already")
+    net = in_fp32(net)
     if args.record and "config" not in net.meta:
         raise ValueError(f"{args.checkpoint}: does not say how it was trained: nothing to --record")
     data = checkpoint_data(args, net, device)
@@ -1198,18 +1208,19 @@ def convert(args):
     meta = {k: v for k, v in net.meta.items() if k not in left_out}
     stem = folder / Path(args.checkpoint).stem
     name, write = version(args, net, data, meta, stem)
-    before = Path(f"{stem}-fp32.pth")
-    as_float(net, torch.float32, meta, before)
     after = write()
-    nets = [load_network(path, device, net.name) for path in (before, after)]
+    with tempfile.TemporaryDirectory() as temporary:
+        before = as_float(net, torch.float32, meta, Path(temporary) / "fp32.pth")
+        nets, sizes = zip(*[(load_network(p, device, net.name), p.stat().st_size) for p in (before, after)])
     print(f"{'':10} {'accuracy':>9} {'file, bytes':>12} {'1 image, ms':>12} {'256 images, ms':>15}   "
           f"({device}, {torch.get_num_threads()} threads)")
     rows = []
-    for label, path, written in zip(("fp32", name), (before, after), nets):
+    for label, size, written in zip(("fp32", name), sizes, nets):
         result, times = test(written, data), [latency(written, data, count) for count in (1, 256)]
-        rows.append((result["accuracy"], path.stat().st_size, *times))
-        print(f"{label:10} {rows[-1][0]:9.4f} {rows[-1][1]:12,} {1e3 * times[0]:12.2f} "
-              f"{1e3 * times[1]:15.1f}   {path}")
+        rows.append((result["accuracy"], size, *times))
+        one, many = (1e3 * t for t in times)
+        print(f"{label:10} {result['accuracy']:9.4f} {size:12,} {one:12.2f} {many:15.1f}")
+    print(f"file       {after}")
     differ = differences(net, nets[1], data)
     print(f"changed    {differ} of {len(data['test_y']):,} predictions differ from the checkpoint's")
     if args.mode == "export":
@@ -1221,8 +1232,18 @@ def convert(args):
     return expect(args, rows[1][0])
 
 
+def in_fp32(net):
+    """The network that load_network gives with its tensors in float32, whatever its file has."""
+    if net.packed or net.dtype == torch.float32:
+        return net
+    params, buffers = (bcq.to_dtype(t, torch.float32) for t in (net.params, net.buffers))
+    forward = bcq.with_inputs(net.meta["grids"]) if net.meta.get("grids") else bcq.apply
+    return argparse.Namespace(**{**vars(net), "params": params, "buffers": buffers, "forward": forward,
+                                 "dtype": torch.float32})
+
+
 def as_float(net, dtype, meta, path):
-    """Writes the network with its tensors in a floating dtype, inputs real or on the grids of its method."""
+    """Writes the network with its tensors in a floating dtype; what it is refused keeps no file."""
     tensors = [bcq.to_dtype(t, dtype) for t in (net.params, net.buffers)]
     bcq.save_checkpoint(path, bcq.state_dict(net.model, *tensors), net.meta.get("hyperparam"), **meta)
     return path
@@ -1231,6 +1252,8 @@ def as_float(net, dtype, meta, path):
 def version(args, net, data, meta, stem):
     """The name of what a network is converted to, and the function that writes it and gives its path."""
     def packed_to(path, *how):
+        if path.resolve() == Path(args.checkpoint).resolve():
+            raise ValueError(f"{path}: would be written over itself; give another --out")
         bcq.save_packed(path, net.model, *packed(net, *how), net.meta.get("hyperparam"), **meta)
         return path
 
@@ -1264,7 +1287,7 @@ def print_sizes(net, path):
     """Prints the sizes of a network's files in fp32, fp16, int8 and as packed."""
     whole = fp32_bytes(net)
     with tempfile.TemporaryDirectory() as folder:
-        half = as_float(net, torch.float16, {}, Path(folder) / "fp16.pth").stat().st_size
+        half = as_float(net, torch.bfloat16, {}, Path(folder) / "fp16.pth").stat().st_size   # as large
         integer = Path(folder) / "int8.bcq"
         layers = dict.fromkeys(bcq.quantizable(net.model), 8)
         weights = {k: w for k, w in net.params.items() if ":" not in k}
@@ -1322,12 +1345,17 @@ SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
 def cells(words):
     """The runs of a sweep: the flags of each combination of KEY=VALUE,VALUE words, or of files of them."""
     words = [w for word in words for w in ([word] if "=" in word else Path(word).read_text().split())]
-    grid = dict(word.split("=", 1) if "=" in word else (word, "") for word in words)
+    pairs = [word.split("=", 1) if "=" in word else (word, "") for word in words]
+    grid = dict(pairs)
+    if len(grid) < len(pairs):
+        raise ValueError("a sweep takes each KEY once, with all its values: KEY=VALUE,VALUE")
     reserved = ("out", "record", "resume", "checkpoint")
     for key, values in grid.items():
         if not re.fullmatch("[a-z-]+", key) or not all(values.split(",")) or key in reserved:
             raise ValueError(f"{key}: a sweep takes KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
     grid = {key: values.split(",") for key, values in grid.items()}
+    if not set(grid.get("mode", [])) <= MODES.keys():
+        raise ValueError(f"mode={','.join(grid['mode'])}: a sweep takes {', '.join(MODES)}")
     runs = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for run in runs:
         if run.get("mode", "bc") != "lsq":
@@ -1459,9 +1487,10 @@ def number(kind, low, high=float("inf")):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high):
+            fits = math.isfinite(value) and low <= value <= high
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
             limits = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(
                 f"{text}: not {'an integer' if kind is int else 'a number'} {limits}")
@@ -1512,11 +1541,11 @@ def parse_arguments(argv):
     add("--teacher", help="learn from the probabilities that the network in this checkpoint gives, too")
     add("--mix", choices=["mixup", "cutmix"], help="mix the images of a batch (default: no)")
     add("--prune", type=number(float, 0, 0.99), help="keep this share of the weights at zero (default: 0)")
-    add("--seed", type=number(int, 0), help="default: 0")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
     add("--val", type=number(int, 0),
         help="training images held out for validation (default: 5000, or a tenth if that is less)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--threads", type=number(int, 1), help="CPU threads (default: torch's choice)")
+    add("--threads", type=number(int, 1, 1024), help="CPU threads (default: torch's choice)")
     add("--out", help="folder of the run (default: a new one, runs/MODE-MODEL-N)")
     add("--resume", nargs="?", const=True, help="go on with the run in this folder (or in --out)")
     add("--checkpoint", help="file to convert, evaluate or predict with")
@@ -1540,6 +1569,12 @@ def parse_arguments(argv):
            "model": "vgg_bc" if "paper" in given else "fast",
            "paper": False}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
+    for key, value in given.items():
+        if value == "":
+            raise ValueError(f"--{key.replace('_', '-')}: is empty")
+    if args.record:   # before hours of training, not after
+        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
+        open(args.record, "a").close()
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
@@ -1554,14 +1589,16 @@ def main(argv=None):
         args = parse_arguments(argv)
         job = {"ptq": convert, "export": convert, "eval": evaluate_checkpoint, "score": score, "sweep": sweep,
                "predict": predict}.get(args.mode, train)
-        return job(args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return job(args)
     except (ValueError, OSError) as error:
         print(f"run.py: {one_line(error)}", file=sys.stderr)
-    except RuntimeError as error:   # torch's: out of memory, a broken device
-        print(f"run.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("run.py: stopped", file=sys.stderr)
         return 130
+    except Exception as error:   # torch's (out of memory, a broken device), or of a user's model or file
+        print(f"run.py: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
     return 2
 
 

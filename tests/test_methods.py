@@ -282,3 +282,68 @@ def test_every_mode_takes_a_data_set_of_100_classes(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert all(line["classes"] == 100 and line["eligible"] is False for line in lines)
     assert main(*data, "--mode", "score", "--checkpoint", tmp_path / "lsq/model.bcq") == 0
+
+
+def test_a_file_is_not_written_over_itself_and_its_neighbours_are_left_alone(fp32, tmp_path, capsys):
+    content = (fp32 / "model.pth").read_bytes()
+    (tmp_path / "net.bcq").write_bytes(content)
+    (tmp_path / "net-fp32.pth").write_bytes(b"mine")
+    assert main("--mode", "export", "--checkpoint", tmp_path / "net.bcq") == 2
+    assert "written over itself" in capsys.readouterr().err
+    assert (tmp_path / "net.bcq").read_bytes() == content
+    assert (tmp_path / "net-fp32.pth").read_bytes() == b"mine"
+
+
+def test_a_network_in_half_precision_is_taken_by_every_mode(fp32, tmp_path):
+    words = ["--mode", "ptq", "--dtype", "fp16", "--checkpoint", fp32 / "model.pth"]
+    assert main(*words, "--out", tmp_path) == 0
+    half = tmp_path / "model-fp16.pth"
+    assert main("--mode", "export", "--checkpoint", half) == 0
+    assert main("--mode", "ptq", "--dtype", "int8", "--checkpoint", half) == 0
+    assert main(*TINY, "--mode", "lsq", "--epochs", 1, "--init", half, "--teacher", half, "--out",
+                tmp_path / "run") == 0
+
+
+def test_a_checkpoint_is_not_tested_on_other_classes_than_its_own(fp32, tmp_path, capsys):
+    tree(tmp_path / "data")
+    assert main("--mode", "eval", "--checkpoint", fp32 / "model.pth", "--dataset", "cifar10", "--data-dir",
+                tmp_path / "data") == 2
+    assert "was trained on other classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [
+    {"packed": {}, "config": {"model": "fast"}}, {"net": [1], "packed": {}, "config": {"model": "fast"}},
+    {"net": {}, "config": {"model": 3}}, {"net": {}, "config": {"model": ["fast"]}},
+    {"net": {}, "config": 3}])
+def test_a_checkpoint_of_odd_contents_is_answered_in_one_line(content, tmp_path, capsys):
+    torch.save(content, tmp_path / "odd.pth")
+    for mode in ("eval", "score", "export"):
+        assert main("--mode", mode, "--checkpoint", tmp_path / "odd.pth") == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_model_that_raises_or_exits_is_answered_in_one_line(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(
+        "import sys, torch.nn as nn\n"
+        "class Raises(nn.Linear):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__(4, classes)\n"
+        "    def forward(self, x):\n"
+        "        raise KeyError('boom')\n"
+        "def Exits(classes):\n"
+        "    sys.exit(0)\n")
+    for name, word in (("Raises", "boom"), ("Exits", "SystemExit")):
+        assert main("--dataset", "shapes", "--subset", "300", "--model", f"{tmp_path}/net.py:{name}", "--out",
+                    tmp_path / "run") == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and word in err
+
+
+@pytest.mark.parametrize("words", [["--seed", "1" + 400 * "0"], ["--threads", "100000"], ["--init", ""],
+                                   ["--record", "."], ["--mode", "sweep", "mode=bc", "mode=bwn"],
+                                   ["--mode", "sweep", "mode=ptq"]])
+def test_more_impossible_words_are_answered_in_one_line_before_anything_is_done(
+        words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main("--dataset", "shapes", *words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not list(tmp_path.iterdir())
