@@ -1,5 +1,7 @@
 """The command line, run as a user runs it: run.py."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -27,9 +29,18 @@ TINY = [
 
 
 def call(*words, cwd=TOP, **options):
-    """A run of the command line in a process of its own."""
-    return subprocess.run([sys.executable, str(TOP / "run.py"), *map(str, words)], cwd=cwd,
-                          capture_output=True, text=True, **options)
+    """A run of the command line, its exit status and what it printed; with options, in its own process."""
+    if options:
+        return subprocess.run([sys.executable, str(TOP / "run.py"), *map(str, words)], cwd=cwd,
+                              capture_output=True, text=True, **options)
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = run.main([str(word) for word in words])
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def assert_one_clear_line(result, *parts):
