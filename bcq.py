@@ -57,7 +57,7 @@ def binarize_scaled(w):
     return binarize(w) * _by_filter(w.abs().flatten(1).mean(1), w.ndim)
 
 def binarize_he(w):
-    """sqrt(2 / fan_in) * sign(w), float (out, ...). Source: McDonnell 2018, arXiv:1802.08530, section 2."""
+    """sqrt(2 / fan_in) * sign(w), float (out, ...). Source: McDonnell 2018, arXiv:1802.08530."""
     return binarize(w) * (2 / w[0].numel()) ** 0.5
 
 def ternarize(w):
@@ -603,8 +603,7 @@ def fold_pairs(model):
             if len(layer.users) == 1 and owners.count(id(layers[layer.target])) == 1}
 
 def fold(params, pairs):
-    """The params, as scale_and_shift leaves them, with batch norms folded into the layers before: {norm:
-    layer}.
+    """The params, as scale_and_shift leaves them, with batch norms folded into layers: pairs {norm: layer}.
     The layer's weight (and "NAME:step") is multiplied by the scale; the shift goes to its bias, or to an
     entry "NAME:shift" for pack. Not for +-1 weights, which would be no more. Raises KeyError."""
     params = dict(params)

@@ -898,7 +898,7 @@ def choose_bits(job):
     job.names = names if config["mode"] != "fp32" or job.masks else []
     job.bits, job.grids = dict.fromkeys(job.names, bits), {}
     images = prepare(job.dataset["train_x"][:512], job.dataset)
-    if not job.args.init:   # batch norm has no statistics yet, and the inputs no range
+    if config["mode"] in ("lsq", "xnor") and not job.args.init:   # batch norm has no statistics yet
         buffers = bcq.recalibrate(job.model, params, buffers, [(images, None)])
     if config["mode"] == "lsq":
         first_last = lambda bits: {n: bits if n in names[1:-1] else 8 for n in names}
@@ -1008,6 +1008,11 @@ def expect(args, accuracy):
     return 0
 
 
+def file_bits(net):
+    """The bits of each quantized weight as its file says; files without them name weights of 1 bit."""
+    return net.meta.get("bits", dict.fromkeys(net.meta.get("names", []), 1))
+
+
 def packed(net, bits=None, grids=None, steps=None):
     """The network as it is deployed: (packed params, buffers); bits and grids are its file's unless given.
 
@@ -1016,7 +1021,7 @@ def packed(net, bits=None, grids=None, steps=None):
     """
     if net.packed:
         return net.params, net.buffers
-    bits = net.meta.get("bits", dict.fromkeys(net.meta.get("names", []), 1)) if bits is None else bits
+    bits = file_bits(net) if bits is None else bits
     grids = net.meta.get("grids", {}) if grids is None else grids
     own = {k: w for k, w in net.params.items() if steps is None or not k.endswith(":input_step")}
     params, buffers = bcq.scale_and_shift(net.model, {**own, **(steps or {})}, net.buffers)
@@ -1064,7 +1069,7 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
     if not args.record:
         return
     net = load_network(path, "cpu", config["model"])
-    bits = net.meta.get("bits", dict.fromkeys(net.meta.get("names", []), 1))
+    bits = file_bits(net)
     if not net.packed:   # not taken on trust: a layer of 1 bit has one magnitude in a filter
         flat = {k: net.params[k].abs().flatten(1) for k in bits}
         bits = {k: b for k, b in bits.items() if b > 1 or (flat[k] == flat[k][:, :1]).all()}

@@ -117,8 +117,9 @@ def inference(records):
         lines.append(f"| {r['model']}, {r['method']} | {r['batch']} | {1e3 * r['seconds']:.1f} | "
                      f"{r['images_per_second']:,.0f} | {r['speedup_over_fp32']:.2f} |")
     r = rows[0]
+    rounds = ", ".join(sorted({f"{r['rounds']} rounds at batch {r['batch']}" for r in rows}))
     return [
-        *lines, "", f"Medians of {r['rounds']} rounds, in turns in one process, eager, random weights; "
+        *lines, "", f"Medians of {rounds}, in turns in one process, eager, random weights; "
         f"{r['device_name']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}, {r['date']}. "
         "Commands:", "", *dict.fromkeys(f"    {r['command']}" for r in rows)
     ]
