@@ -165,22 +165,25 @@ def square_hinge(logits, labels):
     p = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
     return (p * (1 - logits).clamp(min=0).square() + (1 - p) * (1 + logits).clamp(min=0).square()).mean()
 
-def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply):
+def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply, frozen=()):
     """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
     The step returns (params, buffers, opt_state, metrics) with the latent params; metrics: loss and accuracy
     (0 to 1) of the batch, tensors. batch: (x, labels), labels int64 (n,), or probabilities (n, classes), of a
-    teacher or of mixed images. An ordinary network is the case of no names. All params are trained, save with
-    steps of 0 (scale_lr). Source: the paper, Algorithm 1."""
+    teacher or of mixed images. An ordinary network is the case of no names. All params are trained but those
+    named in frozen, which are none of update's business. Source: the paper, Algorithm 1."""
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
         params = {k: w.detach() for k, w in params.items()}
-        latent = {k: w.detach().requires_grad_() for k, w in params.items()}
+        trained = [k for k in params if k not in _known(params, frozen)]
+        latent = {k: w.detach().requires_grad_(k in trained) for k, w in params.items()}
         weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
         logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
         cost = loss(logits, labels)
-        grads = torch.autograd.grad(cost, list(latent.values()), allow_unused=True, materialize_grads=True)
-        deltas, opt_state = update(dict(zip(latent, grads)), opt_state, params, lr)   # dC/dwb moves w
-        params = clip({k: w + deltas[k] for k, w in params.items()}, names)      # w = clip(w + delta, -1, 1)
+        grads = torch.autograd.grad(cost, [latent[k] for k in trained], allow_unused=True,
+                                    materialize_grads=True)
+        deltas, opt_state = update(dict(zip(trained, grads)), opt_state, params, lr)   # dC/dwb moves w
+        moved = {k: w + deltas[k] if k in deltas else w for k, w in params.items()}
+        params = clip(moved, names)                                              # w = clip(w + delta, -1, 1)
         truth = labels if labels.ndim == 1 else labels.argmax(1)
         accuracy = (logits.detach().argmax(1) == truth).float().mean()
         return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
@@ -344,8 +347,8 @@ _LAYER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 class Weight(torch.Tensor):
     """A tensor of the dict that says how its layer is computed: compute(layer, x, bias, **geometry), layer
-    being F.conv2d or F.linear; as the weight of a batch norm it leaves that out. All else that is done with
-    it sees value(), a plain tensor. parts: what it is made of in a deployed network (see deploy), or None."""
+    being F.conv2d or F.linear, or compute(F.batch_norm, x, *more). All else that is done with it sees
+    value(), a plain tensor. parts: what it is made of in a deployed network (see deploy), or None."""
     @staticmethod
     def __new__(cls, data, compute, value, parts=None):
         weight = data.as_subclass(cls)
@@ -355,7 +358,8 @@ class Weight(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
             if function in (F.batch_norm, torch.batch_norm):
-                return args[0]
+                own = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
+                return own.compute(function, *args, **(kwargs or {}))
             if function in (F.conv2d, F.linear):
                 call = {**dict(zip(_LAYER, args)), **(kwargs or {})}
                 return call.pop("weight").compute(function, call.pop("input"), **call)
@@ -511,7 +515,8 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
             return layer(x, value().to(x.dtype), None if bias is None else bias.to(x.dtype), **geometry)
         bias = torch.zeros_like(scale) if bias is None else bias.float()
         return _integer_layer(x.float(), parts, prepared(), prepack, bias, **geometry).to(x.dtype)
-    value = value if codes is not None else lambda: torch.ones(shape)
+    if codes is None:
+        compute, value = lambda norm, x, *more, **named: x, lambda: torch.ones(shape)
     return Weight(torch.empty(0) if codes is None else codes, compute, value, parts)
 
 def _integer_layer(x, parts, w, prepack, bias, stride=1, padding=0, dilation=1, groups=1):

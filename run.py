@@ -19,14 +19,17 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager
-from datetime import date
+from contextlib import contextmanager, redirect_stdout
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
 from tqdm import tqdm
 
 import bcq
@@ -44,15 +47,16 @@ OPTIMIZERS = {
 }
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
                 w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
-                latents="model", flip=True, crop=4, cutout=0, recalibrate=0, zca=False)
+                latents="model", frozen=[], sides=[], flip=True, crop=4, cutout=0, recalibrate=0,
+                zca=False)
 PRESETS = {
-    "fast": dict(epochs=11, batch_size=500, optimizer="muon", lr_scale={"stem.weight": 0.0}, smoothing=0.2,
-                 crop=3, recalibrate=5000),
+    "fast": dict(epochs=11, batch_size=500, optimizer="muon", frozen=["stem.weight"], smoothing=0.2, crop=3,
+                 recalibrate=5000),
     "bc": dict(weight_decay=0.0),
     "fast bc-stochastic": dict(lr=2.0, rest_lr=0.375),   # latents near the bound: clear probabilities
     "xnor": dict(act="hardtanh"),
     "lsq": dict(w_bits=4, a_bits=4),
-    "fast lsq": dict(lr=0.05, lr_scale={}),
+    "fast lsq": dict(lr=0.05, frozen=[]),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", schedule="exponential", lr_end=2e-6,
                   loss="square hinge", latents="uniform", flip=False, crop=0, zca=True),
 }
@@ -92,7 +96,7 @@ def preset(mode, model, paper=False, **flags):
 
 def optimizer(settings, params, names):
     """The pair (init, update) that the settings name; names: the weights that the method quantizes."""
-    matrices = [k for k, p in params.items() if p.ndim > 1]
+    matrices = [k for k, p in params.items() if p.ndim > 1 and k not in settings["frozen"]]
     build = {
         "sgd": lambda: bcq.sgd(settings["momentum"], nesterov=True, weight_decay=settings["weight_decay"]),
         "adam": bcq.adam,
@@ -101,7 +105,7 @@ def optimizer(settings, params, names):
             matrices, bcq.muon(settings["momentum"]),
             bcq.scale_lr(bcq.sgd(settings["rest_momentum"], nesterov=True), settings["rest_lr"])),
     }
-    pair = bcq.scale_lr(build[settings["optimizer"]](), settings.get("lr_scale", {}))
+    pair = build[settings["optimizer"]]()
     steps = {k: settings["step_lr"] * p.item() for k, p in params.items() if ":" in k}   # of the step
     return bcq.by_name(steps, bcq.scale_lr(bcq.adam(), steps), pair) if steps else pair
 
@@ -299,21 +303,21 @@ def normalize(x, mean, std):
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def augment(x, flip, crop, cutout, generator):
+def augment(x, flip, crop, cutout, draw):
     """Mirrored, shifted and cut images, uint8 like x (n, c, h, w).
 
     flip: bool (n,), which to mirror, or None; crop: shift by up to crop pixels over a reflected border;
-    cutout: the side in pixels of a square of mean grey (DeVries and Taylor 2017), 0 for none.
+    cutout: the side in pixels of a square of mean grey (DeVries and Taylor 2017), 0 for none; draw(high):
+    a random integer from 0 to high - 1 for each image, int64 (n,).
     """
     n, _, h, w = x.shape
-    at = partial(torch.randint, generator=generator, device=x.device, size=(n, ))
     if flip is not None:
         x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
     if crop:
         windows = F.pad(x, (crop, ) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
-        x = windows[torch.arange(n, device=x.device), :, at(0, 2 * crop + 1), at(0, 2 * crop + 1)]
+        x = windows[torch.arange(n, device=x.device), :, draw(2 * crop + 1), draw(2 * crop + 1)]
     if cutout:
-        near = lambda size: (torch.arange(size, device=x.device) - at(0, size)[:, None]).abs() * 2 < cutout
+        near = lambda size: (torch.arange(size, device=x.device) - draw(size)[:, None]).abs() * 2 < cutout
         x = x.masked_fill((near(h)[:, :, None] & near(w)[:, None, :])[:, None], 118)
     return x
 
@@ -323,6 +327,12 @@ def batches(data, split, size=500):
     x, y = data[f"{split}_x"], data[f"{split}_y"]
     for i in range(0, len(y), size):
         yield prepare(x[i:i + size], data), y[i:i + size]
+
+
+def shrunk(x, side):
+    """Images (n, c, h, w) of side x side pixels: smaller ones teach the first epochs as well, and sooner."""
+    x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def fit_zca(x, bias=0.1):
@@ -366,6 +376,36 @@ def keep_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never trim the top
 
 
+def side_by_side(forward=bcq.apply, widest=7):
+    """A forward to pass in place of another: the same sums, faster in bf16 on CPUs with AMX.
+
+    A convolution of pictures up to widest pixels gets ten of them side by side, columns of zeros between: the
+    kernel of its weights' gradient takes a row at a time, and leaves most of the unit idle in a short one.
+    """
+    def convolve(layer, x, w, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        images = next(i for i in range(10, 0, -1) if len(x) % i == 0)
+        k, columns = w.shape[-1], x.shape[-1]
+        plain = (stride, dilation, groups) == ((1, 1), (1, 1), 1) and padding == (k // 2, k // 2)
+        if layer is not F.conv2d or x.ndim < 4 or columns > widest or k % 2 == 0 or not plain or images == 1:
+            return layer(x, w, bias, stride, padding, dilation, groups)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, k // 2))
+        x = rearrange(x, "(n i) h w c -> n h (i w) c", i=images).permute(0, 3, 1, 2)
+        y = layer(x, w, bias, padding=padding).permute(0, 2, 3, 1)
+        y = rearrange(y, "n h (i w) c -> n h i w c", i=images)[..., :columns, :]
+        return rearrange(y, "n h i w c -> (n i) h w c").permute(0, 3, 1, 2)
+
+    def wide(w):
+        inner = w.compute if isinstance(w, bcq.Weight) else lambda layer, x, **more: layer(x, w, **more)
+        compute = lambda layer, x, **more: inner(partial(convolve, layer), x, **more)
+        return bcq.Weight(w, compute, w.value if isinstance(w, bcq.Weight) else lambda: w)
+
+    def side(model, params, buffers, x, train=False):
+        params = {k: wide(w) if w.ndim == 4 else w for k, w in params.items()}
+        return forward(model, params, buffers, x, train)
+
+    return side
+
+
 def fast_bf16(device):
     """Whether bfloat16 products are fast there: AMX or AVX-512-BF16 on a CPU, Ampere or later on CUDA."""
     if device.type == "cuda":
@@ -384,12 +424,23 @@ def device_name(device):
                 platform.processor())
 
 
+def cores():
+    """The processor cores that this process may use: a container often grants fewer than there are."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    share, period = quota.read_text().split() if quota.exists() else ("max", "1")
+    return allowed if share == "max" else max(1, min(allowed, round(int(share) / int(period))))
+
+
 def choose_device(args):
     """The device and the training dtype, 'bf16' or 'fp32', that the flags or the machine ask for."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    own = os.environ.get("LOCAL_RANK", "0")
+    if args.threads or args.world > 1:   # torchrun has set one thread
+        torch.set_num_threads(args.threads or max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    else:
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(args.device or (f"cuda:{own}" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
@@ -411,6 +462,98 @@ def commit():
         return "unknown"
     dirty = [line for line in changed.stdout.splitlines() if not line.endswith("results/records.jsonl")]
     return head.stdout.strip() + ("-dirty" if dirty else "") if head.returncode == 0 else "unknown"
+
+
+# ------------------------------------------------------------------------------------------------------
+# Several processes, which torchrun starts: each has its share of every batch, all have the same params
+# ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def processes(args):
+    """Joins the processes of a run for as long as this lasts; only the first one prints."""
+    if args.world == 1:
+        yield
+        return
+    cuda = torch.cuda.is_available() and str(args.device or "cuda").startswith("cuda")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if args.rank else sys.stdout):
+            yield
+    except RuntimeError as error:
+        if any(word in str(error) for word in ("closed by peer", "Connection reset", "Broken pipe")):
+            raise ValueError("another process of this run ended: start them all again, with --resume "
+                             "and the folder of the run") from None
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def reduced(args, values, device="cpu", op=dist.ReduceOp.SUM):
+    """Numbers summed over the processes, or their maximum, as a list."""
+    if args.world == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total, op)
+    return total.tolist()
+
+
+def one_first(args, call):
+    """What call() gives, called by the first process before the others: it may download, or fill a cache."""
+    if args.rank:
+        dist.barrier()
+    result = call()
+    if args.world > 1 and not args.rank:
+        dist.barrier()
+    return result
+
+
+def averaged(optimizer):
+    """The optimizer that moves by the mean of all processes' gradients, in one collective of them all."""
+    init, update = optimizer
+
+    def mean_update(grads, state, params, lr):
+        flat = torch.cat([g.flatten() for g in grads.values()])
+        dist.all_reduce(flat)
+        parts = (flat / dist.get_world_size()).split([g.numel() for g in grads.values()])
+        means = {k: part.view_as(g) for (k, g), part in zip(grads.items(), parts)}
+        return update(means, state, params, lr)
+
+    return init, mean_update
+
+
+def synchronized(model, forward):
+    """A forward to pass in place of another: batch norm by the mean and the variance over all processes.
+
+    With it, processes that share a batch compute what one would with the whole of it. As SyncBatchNorm of
+    torch, which knows no CPU. Raises ValueError for a batch norm without weights.
+    """
+    norms = {k: m for k, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
+    if plain := [k for k, m in norms.items() if not m.affine]:
+        raise ValueError(f"{plain[0]}: a batch norm without weights cannot be shared by processes")
+
+    def normalize(own, norm, x, mean, var, weight, bias, training, momentum, eps):
+        if not training:
+            return norm(x, mean, var, own, bias, False, momentum, eps)
+        vector = lambda t: t.view(-1, *[1] * (x.ndim - 2))
+        own_var, own_mean = torch.var_mean(x.float(), [d for d in range(x.ndim) if d != 1], correction=0)
+        moments = torch.stack([own_mean, own_var + own_mean.square()]).double()
+        first, second = dist.nn.all_reduce(moments) / dist.get_world_size()
+        spread = second - first.square()
+        count = x.numel() / len(own_mean) * dist.get_world_size()
+        with torch.no_grad():   # buffers of this call, as apply gives them: batch norm writes into them
+            for t, new in ((mean, first), (var, spread * count / (count - 1))):
+                if t is not None:
+                    t.copy_((1 - momentum) * t + momentum * new)
+        scale = own * (spread + eps).rsqrt().float()
+        return (x * vector(scale) + vector(bias - first.float() * scale)).to(x.dtype)
+
+    def together(model, params, buffers, x, train=False):
+        own = {f"{k}.weight": params[f"{k}.weight"] for k in norms}
+        shared = {k: bcq.Weight(w, partial(normalize, w), lambda w=w: w) for k, w in own.items()}
+        return forward(model, {**params, **shared}, buffers, x, train)
+
+    return together
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -557,24 +700,23 @@ def schedule(config, steps):
     return bcq.linear_schedule(config["lr"], config["epochs"] * steps)
 
 
-def mixed(x, labels, mix, generator):
-    """Images of a batch mixed with others of it, in one share for the batch: (x, labels as probabilities).
+def mixed(x, labels, others, mix, generator):
+    """Images mixed with others, (x, labels) as many, in one share for all: (x, labels as probabilities).
 
     labels: float (n, classes). mix: "mixup" (Zhang et al. 2018, arXiv:1710.09412), a weighted mean, or
     "cutmix" (Yun et al. 2019, arXiv:1905.04899), a rectangle of the other image; the share uniform in [0, 1].
     """
     share = torch.rand((), generator=generator, device=x.device).item()
-    order = torch.randperm(len(x), generator=generator, device=x.device)
     if mix == "mixup":
-        x = share * x + (1 - share) * x[order]
+        x = share * x + (1 - share) * others[0]
     else:
         size = [round(side * (1 - share) ** 0.5) for side in x.shape[2:]]
         top, left = (torch.randint(0, side - cut + 1, (), generator=generator, device=x.device).item()
                      for side, cut in zip(x.shape[2:], size))
         inside = torch.zeros(x.shape[2:], dtype=torch.bool, device=x.device)
         inside[top:top + size[0], left:left + size[1]] = True
-        x, share = torch.where(inside, x[order], x), 1 - size[0] * size[1] / inside.numel()
-    return x, share * labels + (1 - share) * labels[order]
+        x, share = torch.where(inside, others[0], x), 1 - size[0] * size[1] / inside.numel()
+    return x, share * labels + (1 - share) * others[1]
 
 
 def taught(x, labels, job):
@@ -585,37 +727,65 @@ def taught(x, labels, job):
     return share * logits.float().softmax(1) + (1 - share) * labels
 
 
+def share(args, count):
+    """The rows of a batch of so many that this process has: a slice."""
+    return slice(count * args.rank // args.world, count * (args.rank + 1) // args.world)
+
+
+def make_images(job):
+    """images(epoch, i, rows): rows of the i-th batch of an epoch, augmented, with their labels.
+
+    What is drawn is drawn for the whole batch: an image is treated alike whichever process has its row.
+    """
+    config, data, device = job.config, job.dataset, job.device
+    seed, size, count = config["seed"], config["batch_size"], len(data["train_y"])
+    mirrored = torch.rand(count, generator=generator(seed, "mirrored")) < 0.5
+
+    def images(epoch, i, rows):
+        order = torch.randperm(count, generator=generator(seed, "order", epoch))
+        chosen = order[i * size:(i + 1) * size][rows]
+        flip = (mirrored[chosen] ^ bool(epoch % 2)).to(device) if config["flip"] else None  # in turns
+        own = generator(seed, "augment", epoch, i, device=device)
+        draw = lambda high: torch.randint(high, (size, ), generator=own, device=device)[rows]
+        x = data["train_x"][chosen.to(device)]
+        x = prepare(augment(x, flip, config["crop"], config["cutout"], draw), data)
+        x = shrunk(x, config["sides"][epoch]) if epoch < len(config["sides"]) else x
+        labels = data["train_y"][chosen.to(device)]
+        return x, F.one_hot(labels, config["classes"]).float() if config["mix"] or job.teacher else labels
+
+    return images
+
+
 def make_step(job):
     """The training step of a job: step(run, lr) -> (run, metrics); run is the state of the training."""
-    config, data, device = job.config, job.dataset, job.device
+    config, images, mine = job.config, make_images(job), share(job.args, job.config["batch_size"])
     smoothing = 0.0 if job.teacher else config["smoothing"]
     loss = bcq.square_hinge if config["loss"] == "square hinge" else bcq.cross_entropy(smoothing)
-    train_step = bcq.make_train_step(job.model, job.names, job.quantizer, job.update, loss,
-                                     MODES[config["mode"]][1], job.forward)
-    seed, size, images = config["seed"], config["batch_size"], len(data["train_y"])
-    mirrored = torch.rand(images, generator=generator(seed, "mirrored")) < 0.5
+    update, forward = job.update, job.forward
+    if job.args.world > 1:
+        (_, update), forward = averaged((job.init, update)), synchronized(job.model, forward)
+    train_step = bcq.make_train_step(job.model, job.names, job.quantizer, update, loss,
+                                     MODES[config["mode"]][1], forward, config["frozen"])
 
     def step(run, lr):
         epoch, i = run["epoch"], run["step"]
-        order = torch.randperm(images, generator=generator(seed, "order", epoch))
-        chosen = order[i * size:(i + 1) * size]
-        flip = (mirrored[chosen] ^ bool(epoch % 2)).to(device) if config["flip"] else None  # in turns
-        x, labels = data["train_x"][chosen.to(device)], data["train_y"][chosen.to(device)]
-        draw = generator(seed, "augment", epoch, i, device=device)
-        x = prepare(augment(x, flip, config["crop"], config["cutout"], draw), data)
-        if config["mix"] or job.teacher:
-            labels = F.one_hot(labels, config["classes"]).float()
+        draw = lambda what: generator(config["seed"], what, epoch, i, device=job.device)
+        x, labels = images(epoch, i, mine)
         if config["mix"]:
-            x, labels = mixed(x, labels, config["mix"], generator(seed, "mix", epoch, i, device=device))
+            order = torch.randperm(config["batch_size"], generator=draw("partners"), device=job.device)
+            x, labels = mixed(x, labels, images(epoch, i, order[mine].cpu()), config["mix"], draw("mix"))
         if job.teacher:
             labels = taught(x, labels, job)
         noise = None
         if config["mode"] == "bc-stochastic":
-            draw = generator(seed, "noise", epoch, i, device=device)
-            noise = bcq.draw_noise(run["params"], job.names, draw)
-        torch.manual_seed(generator(seed, "model", epoch, i).initial_seed())  # for a user's own dropout
+            noise = bcq.draw_noise(run["params"], job.names, draw("noise"))
+        torch.manual_seed(draw(f"dropout {job.args.rank}").initial_seed())   # in a user's own model
         params, buffers, opt_state, metrics = train_step(run["params"], run["buffers"], run["opt_state"],
                                                          (x, labels), lr, noise)
+        if job.args.world > 1:
+            means = torch.stack([metrics["loss"], metrics["accuracy"]])
+            dist.all_reduce(means)
+            metrics = dict(zip(("loss", "accuracy"), means / job.args.world))
         return {**run, "params": params, "buffers": buffers, "opt_state": opt_state, "step": i + 1}, metrics
 
     return step
@@ -624,11 +794,12 @@ def make_step(job):
 def fresh(job):
     """The state of a training run before its first step."""
     params, buffers = job.start
+    trained = {k: w for k, w in params.items() if k not in job.config["frozen"]}
     if job.config["latents"] == "uniform":       # over [-1, 1], as in the paper's code
         noise = bcq.draw_noise(params, job.names, generator(job.config["seed"], "latents", device=job.device))
         params = {**params, **{k: 2 * u - 1 for k, u in noise.items()}}
     return {
-        "params": params, "buffers": buffers, "opt_state": job.init(params), "epoch": 0, "step": 0,
+        "params": params, "buffers": buffers, "opt_state": job.init(trained), "epoch": 0, "step": 0,
         "history": [], "losses": [], "accuracies": [], "seconds": 0.0, "before": params
     }
 
@@ -660,8 +831,7 @@ def end_epoch(job, run):
         "train_loss": statistics.fmean(run["losses"]), "train_accuracy": statistics.fmean(run["accuracies"])
     }
     if len(job.dataset["val_y"]):
-        score = lambda params: bcq.evaluate(job.model, params, run["buffers"], batches(job.dataset, "val"),
-                                            job.forward)
+        score = lambda params: evaluated(job, params, run["buffers"])
         result = score(deployed(run["params"], job))
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
         line |= {"val_accuracy_latent": score(run["params"])["accuracy"]} if job.names else {}
@@ -672,6 +842,18 @@ def end_epoch(job, run):
         **run, "epoch": run["epoch"] + 1, "step": 0, "losses": [], "accuracies": [], "before": run["params"],
         "history": run["history"] + [line]
     }
+
+
+def evaluated(job, params, buffers):
+    """The accuracy and the loss on the validation images, of which each process takes its share."""
+    rank, world = job.args.rank, job.args.world
+    part = slice(rank, None, world) if len(job.dataset["val_y"]) >= world else slice(None)
+    data = {**job.dataset, **{k: job.dataset[k][part] for k in ("val_x", "val_y")}}
+    own = bcq.evaluate(job.model, params, buffers, batches(data, "val"), job.forward)
+    count = own["images"]
+    accuracy, loss, images = reduced(job.args, [own["accuracy"] * count, own["loss"] * count, count],
+                                     job.device)
+    return {"accuracy": accuracy / images, "loss": loss / images}
 
 
 def saturation(params, names, bound=1.0):
@@ -695,12 +877,18 @@ def recalibrated(job, run):
 
 def expected_seconds(job, run):
     """The time left, from a few steps whose result is thrown away: a pure step costs nothing else."""
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        job.step({**run, "step": 0}, 0.0)[1]["loss"].item()
-        times.append(time.perf_counter() - start)
-    return min(times[1:]) * ((job.config["epochs"] - run["epoch"]) * job.steps - run["step"])
+    def step_of(epoch):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            job.step({**run, "epoch": epoch, "step": 0}, 0.0)[1]["loss"].item()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    side = lambda epoch: (job.config["sides"][epoch:] or [None])[0]
+    epochs = range(run["epoch"], job.config["epochs"])
+    seconds = {side(e): step_of(e) for e in {side(e): e for e in epochs}.values()}
+    return sum(seconds[side(e)] for e in epochs) * job.steps - run["step"] * seconds[side(run["epoch"])]
 
 
 def duration(seconds):
@@ -733,13 +921,14 @@ def train_epoch(job, run, interrupted):
     """The state at the end of the epoch, or at an interruption. Raises ValueError at a loss not finite."""
     every = 1 if job.device.type == "cpu" else 25  # asking a GPU for its losses makes it wait
     pending = []
-    with tqdm(total=job.steps, initial=run["step"], disable=not sys.stderr.isatty(), leave=False,
+    with tqdm(total=job.steps, initial=run["step"], leave=False,
+              disable=not sys.stderr.isatty() or job.args.rank > 0,
               unit=" steps") as bar:
-        while run["step"] < job.steps and not interrupted:
+        while run["step"] < job.steps:
             here = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
             run, metrics = checked(job, run, job.lr_at(run["epoch"] * job.steps + run["step"]))
             pending.append(metrics)
-            if len(pending) == every or run["step"] == job.steps or interrupted:
+            if len(pending) == every or run["step"] == job.steps or (interrupted and job.args.world == 1):
                 losses, accuracies = (torch.stack([m[k] for m in pending]).tolist()
                                       for k in ("loss", "accuracy"))
                 if not all(map(math.isfinite, losses)):
@@ -750,7 +939,14 @@ def train_epoch(job, run, interrupted):
                     f"loss {losses[-1]:.3f}, accuracy {accuracies[-1]:.3f}, {rate:,.0f} images/s")
                 bar.update(len(pending))
                 pending = []
+                if stopped(job, interrupted):
+                    break
     return run
+
+
+def stopped(job, interrupted):
+    """Whether a process has noted a signal: they all stop at the same step, or would wait for each other."""
+    return reduced(job.args, [bool(interrupted)], job.device)[0] > 0
 
 
 def describe(job, run):
@@ -794,6 +990,16 @@ def find_run(args):
     return folder, None
 
 
+def one_folder(args):
+    """find_run as the first process finds it, for all of them."""
+    if args.world == 1:
+        return find_run(args)
+    found = [None if args.rank else find_run(args)[0]]
+    dist.broadcast_object_list(found)
+    saved = found[0] / "last.pth"
+    return found[0], bcq.read_checkpoint(saved) if saved.exists() else None
+
+
 def resumed_args(args, saved):
     """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
     config = saved["config"]
@@ -821,10 +1027,13 @@ def where(job):
 def prepare_job(args, saved):
     """All that a training needs and does not change: the data, the network, the step, the schedule."""
     device, dtype = choose_device(args)
-    data = load_data(args.dataset, args.data_dir, args.classes)
+    data = one_first(args, lambda: load_data(args.dataset, args.data_dir, args.classes))
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
     data = split_validation(data, config["val"], config["subset"], config["seed"])
     config = adapt_batch(config, len(data["train_y"]), "batch_size" in args.given)
+    if config["batch_size"] % args.world:
+        raise ValueError(f"a batch of {config['batch_size']} images has no equal shares for {args.world} "
+                         "processes: give another --batch-size")
     if config["zca"]:
         data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
     model, hyperparam = build_model(config)
@@ -884,6 +1093,8 @@ def apply_method(job, saved):
         job.quantizer, job.deployed = ({n: bcq.masked(of(q, n), mask) for n, mask in job.masks.items()}
                                        for q in (job.quantizer, job.deployed))
     job.forward = bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply
+    if config["dtype"] == "bf16" and job.device.type == "cpu":
+        job.forward = side_by_side(job.forward)
     job.forward = bcq.with_inputs(job.grids, job.forward) if job.grids else job.forward
 
 
@@ -941,7 +1152,7 @@ def signals_noted():
 
 def train(args):
     """Trains, or goes on training, and evaluates once on the test set: the exit status."""
-    folder, saved = find_run(args)
+    folder, saved = one_folder(args)
     args = resumed_args(args, saved) if saved else args
     if saved and (done := finished(folder)) is not None:
         print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with")
@@ -951,9 +1162,10 @@ def train(args):
     describe(job, run)
     folder.mkdir(parents=True, exist_ok=True)
     keep = partial(save, folder / "last.pth", job, source=where(job))
+    keep = keep if args.rank == 0 else lambda *_, **__: None
     with signals_noted() as interrupted:
         keep(run, state=run)
-        while run["epoch"] < job.config["epochs"] and not interrupted:
+        while run["epoch"] < job.config["epochs"] and not stopped(job, interrupted):
             start = time.perf_counter()
             run = train_epoch(job, run, interrupted)
             check_last_update(job, run)
@@ -961,13 +1173,14 @@ def train(args):
             run = end_epoch(job, run) if ended else run
             run = {**run, "seconds": run["seconds"] + time.perf_counter() - start}
             keep(run, state=run)
-            if ended:
+            if ended and not args.rank:
                 write_lines(folder / "metrics.jsonl", run["history"])
                 print(epoch_line(job, run), flush=True)
         if run["epoch"] == job.config["epochs"]:
-            return finish(job, run, folder)
-    print(f"run.py: stopped, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
-    return 128 + interrupted[0]
+            return 0 if args.rank else finish(job, run, folder)
+    if not args.rank:
+        print(f"run.py: stopped, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
+    return 128 + (interrupted or [signal.SIGTERM])[0]
 
 
 def finish(job, run, folder):
@@ -1083,7 +1296,7 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
         "device_name": device_name(device), "threads": torch.get_num_threads(), "dtype": dtype,
         "test_accuracy": accuracy, "train_seconds": train_seconds,
         "parameters": sum(p.numel() for p in net.model.parameters()), **counted, "file_bytes": size,
-        "fp32_file_bytes": whole, "shrink": whole / size,
+        "processes": args.world, "fp32_file_bytes": whole, "shrink": whole / size,
         "eligible": eligible(config["dataset"], config["classes"], accuracy), **more,
         "torch": torch.__version__, "commit": commit(),
         "command": command_line(args), "date": date.today().isoformat(), "config": config}
@@ -1380,9 +1593,11 @@ def sweep(args):
     folder = Path(args.out or "runs/sweep")
     for run in runs:
         parse_arguments(flags + [f"--{k}={v}" for k, v in run.items()])   # all, before the first is run
-    rows = []
-    for run in runs:
-        name = "-".join(SHORT.get(k, k) + v.replace("/", "_").replace(":", "-") for k, v in run.items())
+    if args.world > 1 and "dataset" not in runs[0]:
+        one_first(args, lambda: load_data(args.dataset, args.data_dir))
+    called = lambda run: "-".join(SHORT.get(k, k) + re.sub("[/:]", "_", v) for k, v in run.items())
+    for run in runs[args.rank::args.world]:
+        name = called(run)
         cell, words = folder / name, flags + [f"--{k}={v}" for k, v in run.items()]
         if (cell / "words.json").exists() and json.loads((cell / "words.json").read_text()) != words:
             raise ValueError(f"{cell}: was run with other flags; give the sweep another --out")
@@ -1391,7 +1606,7 @@ def sweep(args):
         if not result.exists():
             cell.mkdir(parents=True, exist_ok=True)
             write_lines(cell / "words.json", [words])
-            status = main([*words, "--out", str(cell), "--resume"])
+            status = main([*words, "--out", str(cell), "--resume"], alone=True)
             if status:
                 return status
             unfinished = cell / "result.tmp"
@@ -1399,11 +1614,16 @@ def sweep(args):
             places = [w for k in ("data_dir", "dataset", "threads", "device") for w in own.get(k, [])]
             places += [f"--{k}={run[k]}" for k in ("data-dir", "dataset") if k in run]
             status = main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
-                           str(unfinished), *places])
+                           str(unfinished), *places], alone=True)
             if status:
                 return status
             os.replace(unfinished, result)
-        rows.append({"name": name, **json.loads(result.read_text().splitlines()[-1])})
+    if args.world > 1:
+        dist.barrier()
+    if args.rank:
+        return 0
+    read = lambda name: json.loads((folder / name / "result.jsonl").read_text().splitlines()[-1])
+    rows = [{"name": name, **read(name)} for name in map(called, runs)]
     print_sweep(rows)
     draw_sweep(folder, rows)
     print(f"files      {folder / 'size.png'}, {folder / 'scores.png'}")
@@ -1572,7 +1792,8 @@ def parse_arguments(argv):
                            "dtype", "subset", "classes", "expect", "record", "images", "init", "teacher"))
     own = {"inputs": "static", "fit": "min-max", "mode": "bc", "data_dir": "data", "seed": 0,
            "model": "vgg_bc" if "paper" in given else "fast",
-           "paper": False}
+           "paper": False, "rank": int(os.environ.get("RANK", 0)),
+           "world": int(os.environ.get("WORLD_SIZE", 1))}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
     for key, value in given.items():
         if value == "":
@@ -1588,13 +1809,20 @@ def parse_arguments(argv):
     return args
 
 
-def main(argv=None):
-    """Runs a command line: the exit status, 2 with one line on stderr where something is wrong with it."""
+def main(argv=None, alone=False):
+    """Runs a command line: the exit status, 2 with one line on stderr where something is wrong with it.
+
+    alone: whatever torchrun says, this is no part of a run of several processes.
+    """
     try:
         args = parse_arguments(argv)
         job = {"ptq": convert, "export": convert, "eval": evaluate_checkpoint, "score": score, "sweep": sweep,
                "predict": predict}.get(args.mode, train)
-        with warnings.catch_warnings():
+        if args.rank and args.mode not in (*MODES, "sweep") and not alone:
+            return 0
+        if alone or args.mode not in (*MODES, "sweep"):
+            args.rank, args.world = 0, 1
+        with warnings.catch_warnings(), processes(args):
             warnings.simplefilter("ignore")
             return job(args)
     except (ValueError, OSError) as error:

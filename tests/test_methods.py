@@ -175,10 +175,12 @@ def test_a_teacher_and_mixed_images_make_labels_of_probabilities(fp32):
 def test_the_labels_of_mixed_images_have_the_shares_of_the_pixels(mix):
     draw = lambda: torch.Generator().manual_seed(5)
     x = torch.eye(6).view(6, 6, 1, 1).expand(6, 6, 32, 32)      # image i is 1 in channel i alone
-    mixed, labels = run.mixed(x, torch.eye(6), mix, draw())
+    others = x.flip(0), torch.eye(6).flip(0)
+    mixed, labels = run.mixed(x, torch.eye(6), others, mix, draw())
     assert torch.allclose(mixed.mean(
         (2, 3)), labels, atol=1e-6) and torch.allclose(labels.sum(1), torch.ones(6))
-    assert (labels.max(1).values < 1).any() and same(run.mixed(x, torch.eye(6), mix, draw()), (mixed, labels))
+    assert (labels.max(1).values < 1).any()
+    assert same(run.mixed(x, torch.eye(6), others, mix, draw()), (mixed, labels))
 
 
 def test_pruned_weights_are_zeros_in_the_packed_file(fp32, tmp_path):

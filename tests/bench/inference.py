@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--record")
     args = parser.parse_args()
-    device, _ = run.choose_device(argparse.Namespace(device=args.device, threads=None, dtype=None))
+    device, _ = run.choose_device(argparse.Namespace(device=args.device, threads=None, dtype=None, world=1))
     torch.manual_seed(0)
     model = models.MODELS[args.model]().to(device)
     x = torch.randn(args.batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)

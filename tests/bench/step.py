@@ -72,7 +72,7 @@ def module_loop(model, bf16, lab):
 
 def measure(method, name, batch):
     """Prints the median seconds and the peak bytes of a step."""
-    device, dtype = run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None))
+    device, dtype = run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None, world=1))
     torch.manual_seed(0)
     model = models.MODELS[name]().train()
     bf16 = dtype == "bf16"

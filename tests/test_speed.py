@@ -1,0 +1,129 @@
+"""What makes a training fast, and leaves its result as it is."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import batch, same
+from test_run import TINY, call
+from torch import nn
+
+import bcq
+import run
+
+
+class Pictures(nn.Module):
+    """Convolutions of all kinds, on pictures of 3 to 9 pixels."""
+    def __init__(self, classes=4):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, padding=1)
+        self.strided = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+        self.five = nn.Conv2d(8, 8, 5, padding=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.dilated = nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.out = nn.Linear(8, classes)
+
+    def forward(self, x):
+        x = self.strided(torch.relu(self.wide(x)))
+        for layer in (self.five, self.depthwise, self.dilated, self.point):
+            x = torch.relu(layer(x))
+        return self.out(self.norm(x).mean((2, 3)))
+
+
+def gradients(model, forward, x, labels):
+    params, buffers = bcq.split(model)
+    params = {k: w.requires_grad_() for k, w in params.items()}
+    logits, after = forward(model, params, buffers, x, train=True)
+    grads = torch.autograd.grad(F.cross_entropy(logits, labels), list(params.values()))
+    return {"logits": logits, **dict(zip(params, grads)), **after}
+
+
+@pytest.mark.parametrize("images", [7, 20, 11, 1])
+@pytest.mark.parametrize("side", [5, 7, 9])
+def test_pictures_side_by_side_give_the_same_logits_gradients_and_statistics(images, side):
+    torch.manual_seed(0)
+    model, x = Pictures().double(), torch.randn(images, 3, side, side, dtype=torch.double)
+    labels = torch.arange(images) % 4
+    expected, found = (gradients(model, f, x, labels) for f in (bcq.apply, run.side_by_side()))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_small_pictures_do_stand_side_by_side_in_the_layers_that_allow_it(monkeypatch):
+    seen, conv2d = [], F.conv2d
+    weight = nn.Parameter(torch.randn(2, 2, 3, 3))
+
+    def watched(x, *more, **named):
+        seen.append(tuple(x.shape))
+        return conv2d(x, *more, **named)
+
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False))
+    inner = lambda model, params, buffers, x, train: (params["0.weight"].compute(
+        F.conv2d, x, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1), buffers)
+    monkeypatch.setattr(F, "conv2d", watched)
+    run.side_by_side(inner)(model, {"0.weight": weight}, {}, torch.randn(20, 2, 5, 5))
+    run.side_by_side(inner)(model, {"0.weight": weight}, {}, torch.randn(20, 2, 8, 8))
+    assert seen == [(2, 2, 5, 10 * 6), (20, 2, 8, 8)]
+
+
+def test_pictures_side_by_side_go_together_with_quantized_inputs():
+    torch.manual_seed(0)
+    model, x = Pictures(), torch.randn(20, 3, 9, 9)
+    params, buffers = bcq.split(model)
+    bits = dict.fromkeys(bcq.quantizable(model), 4)
+    steps, grids = bcq.calibrate(model, params, buffers, x, bits)
+    logits = [bcq.with_inputs(grids, forward)(model, {**params, **steps}, buffers, x)[0]
+              for forward in (bcq.apply, run.side_by_side())]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    real, _ = bcq.apply(model, params, buffers, x)
+    assert not torch.allclose(logits[1], real, rtol=1e-3)   # the inputs were quantized
+
+
+def test_frozen_parameters_stay_and_the_others_move_as_if_the_frozen_ones_had_steps_of_0(small):
+    params, buffers = bcq.split(small)
+    names, frozen = bcq.quantizable(small), ["conv.weight", "norm.bias"]
+    optimizers = bcq.sgd(0.9), bcq.scale_lr(bcq.sgd(0.9), dict.fromkeys(frozen, 0.0))
+    results = []
+    for (init, update), still in zip(optimizers, (frozen, [])):
+        step = bcq.make_train_step(small, names, bcq.binarize, update, bcq.cross_entropy(), frozen=still)
+        p, b, state = params, buffers, init({k: w for k, w in params.items() if k not in still})
+        for i in range(3):
+            p, b, state, _ = step(p, b, state, batch(i), 0.1)
+        results.append((p, b))
+    assert same(results[0][1], results[1][1])
+    assert all(torch.equal(results[0][0][k], results[1][0][k]) for k in params)
+    assert all(torch.equal(results[0][0][k], params[k].clamp(-1, 1)) for k in frozen)
+    assert not torch.equal(results[0][0]["out.weight"], params["out.weight"])
+
+
+def test_a_frozen_parameter_that_is_not_there_is_an_error(small):
+    params, buffers = bcq.split(small)
+    init, update = bcq.sgd()
+    step = bcq.make_train_step(small, [], None, update, bcq.cross_entropy(), frozen=["conv.wait"])
+    with pytest.raises(KeyError, match="conv.wait"):
+        step(params, buffers, init(params), batch(0), 0.1)
+
+
+def test_shrunk_images_are_means_of_their_neighbourhood():
+    flat = torch.full((2, 3, 32, 32), 0.7)
+    assert torch.allclose(run.shrunk(flat, 20), torch.full((2, 3, 20, 20), 0.7))
+    ramp = torch.arange(32.0).expand(1, 3, 32, 32)
+    expected = (torch.arange(16) * 2 + 0.5)[2:-2].expand(1, 3, 16, 12)
+    assert torch.allclose(run.shrunk(ramp, 16)[..., 2:-2], expected, atol=1e-4)
+
+
+def test_the_first_epochs_see_images_of_the_sides_that_the_preset_names_and_the_rest_whole_ones(
+        tmp_path, monkeypatch):
+    seen, shrunk = [], run.shrunk
+    monkeypatch.setattr(run, "shrunk", lambda x, side: seen.append(side) or shrunk(x, side))
+    monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "sides": [16, 24]})
+    result = call(*TINY, "--mode", "bc", "--epochs", 3, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    timed, steps, checked = 4, 300 // 50, 1   # for the estimate; of the epoch; after its last update
+    assert seen.count(16) == seen.count(24) == timed + steps + checked and len(set(seen)) == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
