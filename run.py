@@ -47,8 +47,8 @@ OPTIMIZERS = {
 }
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
                 w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
-                latents="model", frozen=[], sides=[], flip=True, crop=4, cutout=0, recalibrate=0,
-                zca=False)
+                latents="model", frozen=[], sides=[], real_epochs=0, flip=True, crop=4, cutout=0,
+                recalibrate=0, zca=False)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", frozen=["stem.weight"], smoothing=0.2, crop=3,
                  recalibrate=5000),
@@ -727,6 +727,14 @@ def taught(x, labels, job):
     return share * logits.float().softmax(1) + (1 - share) * labels
 
 
+def compiled(step, backend="inductor"):
+    """The training step as one graph; lr becomes a tensor, or each of its values would compile anew."""
+    torch._dynamo.config.trace_autograd_ops = True
+    graph = torch.compile(step, fullgraph=True, backend=backend)
+    return lambda params, buffers, opt_state, batch, lr, noise=None: graph(
+        params, buffers, opt_state, batch, torch.as_tensor(lr), noise)
+
+
 def share(args, count):
     """The rows of a batch of so many that this process has: a slice."""
     return slice(count * args.rank // args.world, count * (args.rank + 1) // args.world)
@@ -764,8 +772,10 @@ def make_step(job):
     update, forward = job.update, job.forward
     if job.args.world > 1:
         (_, update), forward = averaged((job.init, update)), synchronized(job.model, forward)
-    train_step = bcq.make_train_step(job.model, job.names, job.quantizer, update, loss,
-                                     MODES[config["mode"]][1], forward, config["frozen"])
+    step_of = lambda names, clip: bcq.make_train_step(job.model, names, job.quantizer, update, loss, clip,
+                                                      forward, config["frozen"])
+    steps = [step_of([], keep_all), step_of(job.names, MODES[config["mode"]][1])]   # real, low-bit
+    steps = [compiled(step) for step in steps] if job.args.compile else steps
 
     def step(run, lr):
         epoch, i = run["epoch"], run["step"]
@@ -780,6 +790,7 @@ def make_step(job):
         if config["mode"] == "bc-stochastic":
             noise = bcq.draw_noise(run["params"], job.names, draw("noise"))
         torch.manual_seed(draw(f"dropout {job.args.rank}").initial_seed())   # in a user's own model
+        train_step = steps[epoch >= config["real_epochs"]]
         params, buffers, opt_state, metrics = train_step(run["params"], run["buffers"], run["opt_state"],
                                                          (x, labels), lr, noise)
         if job.args.world > 1:
@@ -832,9 +843,10 @@ def end_epoch(job, run):
     }
     if len(job.dataset["val_y"]):
         score = lambda params: evaluated(job, params, run["buffers"])
-        result = score(deployed(run["params"], job))
+        real = not job.names or run["epoch"] < job.config["real_epochs"]   # no low-bit network yet
+        result = score(run["params"] if real else deployed(run["params"], job))
         line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
-        line |= {"val_accuracy_latent": score(run["params"])["accuracy"]} if job.names else {}
+        line |= {} if real else {"val_accuracy_latent": score(run["params"])["accuracy"]}
     if MODES[job.config["mode"]][2]:
         line |= {"at_bound": saturation(run["params"], job.names),
                  "flipped": flips(run["before"], run["params"], job.names)}
@@ -1093,7 +1105,7 @@ def apply_method(job, saved):
         job.quantizer, job.deployed = ({n: bcq.masked(of(q, n), mask) for n, mask in job.masks.items()}
                                        for q in (job.quantizer, job.deployed))
     job.forward = bcq.mixed_precision(torch.bfloat16) if config["dtype"] == "bf16" else bcq.apply
-    if config["dtype"] == "bf16" and job.device.type == "cpu":
+    if config["dtype"] == "bf16" and job.device.type == "cpu" and not job.args.compile:
         job.forward = side_by_side(job.forward)
     job.forward = bcq.with_inputs(job.grids, job.forward) if job.grids else job.forward
 
@@ -1783,6 +1795,7 @@ def parse_arguments(argv):
         help="train on so many images; with a point, on that fraction (default: all)")
     add("--classes", type=number(int, 2), help="only the first so many classes (default: all)")
     add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
+    add("--compile", action="store_true", help="the training step as one graph, by torch.compile")
     add("--paper", action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)")
     add("--record", nargs="?", const="results/records.jsonl",
         help="append the figures to a file (default: results/records.jsonl)")
@@ -1792,7 +1805,7 @@ def parse_arguments(argv):
                            "dtype", "subset", "classes", "expect", "record", "images", "init", "teacher"))
     own = {"inputs": "static", "fit": "min-max", "mode": "bc", "data_dir": "data", "seed": 0,
            "model": "vgg_bc" if "paper" in given else "fast",
-           "paper": False, "rank": int(os.environ.get("RANK", 0)),
+           "paper": False, "compile": False, "rank": int(os.environ.get("RANK", 0)),
            "world": int(os.environ.get("WORLD_SIZE", 1))}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
     for key, value in given.items():
@@ -1803,6 +1816,8 @@ def parse_arguments(argv):
         open(args.record, "a").close()
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
+    if args.compile and args.world > 1:
+        raise ValueError("--compile is for one process: the collectives of several break the graph")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(
             f"--dtype {args.dtype} is for --mode ptq: latent weights in so few bits would lose small updates")

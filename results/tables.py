@@ -130,16 +130,95 @@ def steps(records):
     rows = [r for r in records if r["kind"] == "step"]
     if not rows:
         return []
-    lines = ["", "| a training step | s | over plain | peak memory, MB | over plain |",
-             "|---|---|---|---|---|"]
+    lines = ["", "| a training step | batch | s | over plain | peak memory, MB | over plain |",
+             "|---|---|---|---|---|---|"]
     for r in rows:
-        lines.append(f"| {r['method']} | {r['seconds']:.3f} | {r['time_over_plain']:.3f} | "
-                     f"{r['peak_bytes'] / 1e6:,.0f} | {r['memory_over_plain']:.3f} |")
-    r = rows[0]
-    return [*lines, "", f"`{r['model']}`, batch {r['batch']}, {r['device_name']}, {r['threads']} threads, "
-            f"{r['dtype']}, eager, SGD, medians of {r['rounds']} rounds, each in its own process; plain is "
-            f"an ordinary loop with torch.optim; commit {r['commit']}, {r['date']}. Command:", "",
-            f"    {r['command']}"]
+        lines.append(
+            f"| `{r['model']}`, {r['method']} | {r['batch']} | {r['seconds']:.3f} | "
+            f"{r['time_over_plain']:.3f} | {r['peak_bytes'] / 1e6:,.0f} | {r['memory_over_plain']:.3f} |")
+    rounds = ", ".join(sorted({str(r["rounds"]) for r in rows}))
+    return [*lines, "", "Plain is an ordinary loop with torch.optim, lab the loop of the lab sheet, "
+            "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes on a "
+            f"CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its own process. "
+            f"{machine(rows)} Commands:", "", *commands(rows)]
+
+
+def machine(rows):
+    """What figures were measured with, in words."""
+    values = lambda key: ", ".join(sorted({str(r[key]) for r in rows}))
+    threads = values("threads")
+    return (f"{values('device_name')}, {threads} thread{'s' * (threads != '1')}, torch {values('torch')}, "
+            f"commit {values('commit')}, {values('date')}.")
+
+
+def commands(rows):
+    """The commands of records, as Markdown, each once."""
+    return [*dict.fromkeys(f"    {r['command']}" for r in rows)]
+
+
+def time_to_accuracy(records):
+    """The table of training times that reach a target, as Markdown; empty without records."""
+    rows = [r for r in records if r["kind"] == "time-to-accuracy"]
+    lines = ["", "| time to accuracy | epochs | seeds | training, s | test accuracy, % | target, % |",
+             "|---|---|---|---|---|---|"]
+    for command in commands(rows):
+        group = [r for r in rows if command.strip() == r["command"]]
+        r = group[0]
+        lines.append(
+            f"| {r['method']}, `{r['model']}` | {r['epochs']} | {len(group)} | "
+            f"{spread([g['seconds'] for g in group], '{:.0f}')} | "
+            f"{spread([100 * g['test_accuracy'] for g in group], '{:.2f}')} | {100 * r['target']:.2f} |")
+    return [*lines, "", "The whole training time of a preset of fixed length, every seed counted, the test "
+            f"set touched once, at the end; all layers binary. {machine(rows)} Commands:", "",
+            *commands(rows)] if rows else []
+
+
+def scaling(records):
+    """The tables of several processes and of what is no training, as Markdown; empty without records."""
+    rows = [r for r in records if r["kind"] == "scaling"]
+    lines = ["", "| processes, of one thread each | images/s | times as fast | test accuracy, % |",
+             "|---|---|---|---|"]
+    for r in rows:
+        lines.append(f"| {r['processes']} | {r['images_per_second']:,.0f} | {r['speedup']:.2f} | "
+                     f"{100 * r['test_accuracy']:.2f} |")
+    data = [r for r in records if r["kind"] == "data"]
+    also = ["", "| beside the training | ms | images/s |", "|---|---|---|"]
+    for r in data:
+        rate = f"{r['images_per_second']:,.0f}" if "images_per_second" in r else ""
+        also.append(f"| {r['method']} | {1e3 * r['seconds']:,.1f} | {rate} |")
+    return ([*lines, "", f"`{rows[0]['model']}`, gloo, {rows[0]['epochs']} epochs of "
+             f"{rows[0]['train_images']:,} images, batch {rows[0]['batch']} in all. {machine(rows)} Command:",
+             "", *commands(rows)] if rows else []) + (
+                 [*also, "", f"Medians. {machine(data)} Command:", "", *commands(data)] if data else [])
+
+
+def time_figure(records):
+    """Accuracy against the time of training: a dot for each method, bars for the spread over seeds."""
+    trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
+               and (r["model"], r["width"]) == ("fast", 1)]
+    quick = [r for r in records if r["kind"] == "time-to-accuracy"]
+    bits = lambda r: f" W{r['w_bits']}A{r['a_bits']}" if r["mode"] == "lsq" else ""
+    groups = {}
+    for r in trained:
+        groups.setdefault(f"{r['mode']}{bits(r)}, {r['epochs']} epochs", []).append((r, r["train_seconds"]))
+    for r in quick:
+        groups.setdefault(f"{r['method']}, {r['epochs']} epochs", []).append((r, r["seconds"]))
+    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, rows in groups.items():
+        accuracies = [100 * r["test_accuracy"] for r, _ in rows]
+        minutes, mean = statistics.fmean(s for _, s in rows) / 60, statistics.fmean(accuracies)
+        axes.errorbar(minutes, mean, statistics.stdev(accuracies) if len(rows) > 1 else 0, fmt="o",
+                      capsize=3, color="C0" if name.startswith("bc") else "C1")
+        axes.annotate(name, (minutes, mean), textcoords="offset points", xytext=(6, 4), fontsize=9)
+    axes.axhline(100 * PAPER, color="gray", linestyle="--")
+    axes.annotate("BinaryConnect as published, 90.10", (1, 100 * PAPER), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha="right", xytext=(-4, -11), color="gray", fontsize=9)
+    axes.set(xscale="log", xlabel="training on two CPU cores, minutes", ylabel="test accuracy on CIFAR-10, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.margins(x=0.2, y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    plt.savefig(HERE / "time.png", dpi=130)
 
 
 def figure(groups):
@@ -170,12 +249,13 @@ def main():
     records = [json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]
     groups = published(records)
     figure(groups)
+    time_figure(records)
     readme = HERE.parent / "README.md"
     start, end = "<!-- results: made by python results/tables.py, do not edit -->", "<!-- end of results -->"
     before, rest = readme.read_text().split(start)
     _, after = rest.split(end)
     made = [*table(groups), "", *conditions(groups, records), *built_in(records), *best_scores(records),
-            *inference(records), *steps(records)]
+            *inference(records), *time_to_accuracy(records), *steps(records), *scaling(records)]
     readme.write_text("\n".join([before + start, "", *made, "", end]) + after)
 
 

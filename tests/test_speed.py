@@ -1,6 +1,7 @@
 """What makes a training fast, and leaves its result as it is."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from conftest import batch, same
 from test_run import TINY, call
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import bcq
 import run
@@ -127,3 +129,52 @@ def test_the_first_epochs_see_images_of_the_sides_that_the_preset_names_and_the_
     assert seen.count(16) == seen.count(24) == timed + steps + checked and len(set(seen)) == 2
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 3
+
+
+OPTIMIZERS = {
+    "sgd": lambda params: bcq.sgd(0.9, nesterov=True),
+    "adam": lambda params: bcq.adam(),
+    "muon": lambda params: bcq.by_name([k for k in params if params[k].ndim > 1], bcq.muon(), bcq.sgd(0.9)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_whole_step_is_one_graph_and_is_never_compiled_again(small, name):
+    params, buffers = bcq.split(small)
+    init, update = OPTIMIZERS[name](params)
+    step = bcq.make_train_step(small, bcq.quantizable(small), bcq.binarize, update, bcq.cross_entropy())
+    counter = CompileCounter()
+    compiled = run.compiled(step, backend=counter)
+    eager, graph = ((params, buffers, init(params)) for _ in range(2))
+    for i, lr in enumerate((0.1, 0.05, 0.025, 0.0)):
+        *eager, expected = step(*eager, batch(i), lr)
+        *graph, metrics = compiled(*graph, batch(i), lr)
+        torch.testing.assert_close(metrics["loss"], expected["loss"])
+    assert counter.frame_count == 1
+
+
+def test_a_run_whose_step_is_compiled_trains_the_same_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "compiled", partial(run.compiled, backend="eager"))
+    words = [*TINY, "--optimizer", "sgd", "--epochs", 1]
+    losses = []
+    for more in ([], ["--compile"]):
+        result = call(*words, *more, "--out", tmp_path / f"run{len(more)}")
+        assert result.returncode == 0, result.stderr
+        losses.append(json.loads((tmp_path / f"run{len(more)}" / "metrics.jsonl").read_text())["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_first_epochs_may_have_real_weights_and_then_train_as_fp32_does(monkeypatch):
+    monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "real_epochs": 1, "recalibrate": 0})
+    jobs = [run.prepare_job(run.parse_arguments([*TINY, "--epochs", "2", "--mode", mode]), None)
+            for mode in ("bc", "fp32")]
+    first = [run.end_epoch(job, run.train_epoch(job, run.fresh(job), [])) for job in jobs]
+    assert same(first[0]["params"], first[1]["params"])
+    assert first[0]["history"][0]["val_accuracy"] == first[1]["history"][0]["val_accuracy"]
+    job, state = jobs[0], first[0]
+    last = run.end_epoch(job, run.train_epoch(job, state, []))
+    assert not same(last["params"], run.train_epoch(jobs[1], first[1], [])["params"])
+    assert "val_accuracy_latent" in last["history"][1] and "val_accuracy_latent" not in last["history"][0]
+    expected = bcq.evaluate(job.model, bcq.quantize_params(last["params"], job.names, bcq.binarize),
+                            last["buffers"], run.batches(job.dataset, "val"))
+    assert last["history"][1]["val_accuracy"] == expected["accuracy"]

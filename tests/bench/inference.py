@@ -7,19 +7,12 @@ time alone. fp32 is the network as PyTorch runs it, eager, in its faster memory 
 dynamic inputs; xnor has weights and inputs of 1 bit in all layers but the first and the last.
 """
 import argparse
-import json
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
+from functools import partial
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import bcq  # noqa: E402
-import models  # noqa: E402
-import run  # noqa: E402
+from common import bcq, models, record, run
 
 
 def versions(model, x):
@@ -43,6 +36,8 @@ def versions(model, x):
     planes = x.contiguous()
     calls["fp32, planes"] = lambda: bcq.apply(model, params, buffers, planes)
     calls["bf16"] = lambda: bcq.mixed_precision(torch.bfloat16)(model, params, buffers, x)
+    halves, half = (bcq.to_dtype(t, torch.float16) for t in (params, buffers)), bcq.in_dtype(torch.float16)
+    calls["fp16"] = partial(half, model, *halves, x)
     return calls
 
 
@@ -81,26 +76,10 @@ def main():
         low, high = 1e3 * min(seconds[name]), 1e3 * max(seconds[name])
         print(f"{name:24} {1e3 * value:9.2f} {f'{low:.2f} to {high:.2f}':>18} {args.batch / value:10,.0f} "
               f"{fp32 / value:10.2f}")
-        if args.record:
-            line = {
-                "kind": "inference",
-                "method": name,
-                "model": args.model,
-                "batch": args.batch,
-                "seconds": value,
-                "images_per_second": args.batch / value,
-                "speedup_over_fp32": fp32 / value,
-                "rounds": args.rounds,
-                "device": device.type,
-                "device_name": run.device_name(device),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "commit": run.commit(),
-                "command": f"python tests/bench/inference.py --model {args.model} --batch {args.batch}",
-                "date": date.today().isoformat()
-            }
-            with open(args.record, "a") as file:
-                file.write(json.dumps(line) + "\n")
+        record(args.record, "inference", f"python tests/bench/inference.py --model {args.model} "
+               f"--batch {args.batch}", device, method=name, model=args.model, batch=args.batch,
+               seconds=value, images_per_second=args.batch / value, speedup_over_fp32=fp32 / value,
+               rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""Time to accuracy: the whole training time of a preset whose last epochs' mean reaches a target.
+
+    python tests/bench/accuracy.py --data-dir DATA [--target 0.901] [--seeds 3] [--record FILE] [FLAGS]
+
+Runs run.py --mode bc with seeds 0, 1, ..., every one of which counts, and its FLAGS; the test set is touched
+once, at the end of each. Exits with 1 where the mean over the seeds is below the target.
+"""
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from common import TOP, finished, record
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--target", type=float, default=0.901)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--record")
+    args, flags = parser.parse_known_args()
+    rows = []
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["--mode", "bc", "--dataset", "cifar10", *flags, "--seed", seed]
+            finished(sys.executable, TOP / "run.py", *words, "--data-dir", args.data_dir, "--out",
+                     f"{folder}/run", "--record", f"{folder}/record.jsonl")
+            rows.append(json.loads(Path(folder, "record.jsonl").read_text()))
+        row = rows[-1]
+        print(f"seed {seed}: {row['test_accuracy']:.4f} after {row['train_seconds']:.0f} s", flush=True)
+        record(args.record, "time-to-accuracy", " ".join(map(str, (
+            "python tests/bench/accuracy.py --data-dir DATA --target", args.target, *flags))),
+            row["device"], target=args.target, seconds=row["train_seconds"], seed=seed, method=row["mode"],
+            **{k: row[k] for k in ("test_accuracy", "model", "width", "epochs", "batch", "train_images",
+                                   "real_layers", "dtype", "threads")})
+    accuracies, seconds = ([row[k] for row in rows] for k in ("test_accuracy", "train_seconds"))
+    spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0
+    mean = statistics.fmean(accuracies)
+    print(f"mean {mean:.4f} +- {spread(accuracies):.4f} in {statistics.fmean(seconds):.0f} +- "
+          f"{spread(seconds):.0f} s; target {args.target}: {'reached' if mean >= args.target else 'missed'}")
+    return int(mean < args.target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

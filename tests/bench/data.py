@@ -1,0 +1,51 @@
+"""What is no training: images/s of the augmentation alone, the start of run.py, the import of bcq.
+
+    python tests/bench/data.py [--batch 500] [--rounds 11] [--record FILE]
+"""
+import argparse
+import statistics
+import sys
+import time
+
+import torch
+from common import TOP, finished, record, run
+
+
+def median_seconds(call, rounds):
+    """The median time of a call, over so many after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--record")
+    args = parser.parse_args()
+    run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None, world=1))
+    words = ["--dataset", "shapes", "--batch-size", str(args.batch)]
+    job = run.prepare_job(run.parse_arguments(words), None)
+    images, rows = run.make_images(job), slice(0, args.batch)
+    weights, state = run.fresh(job)["params"], run.fresh(job)["opt_state"]
+    grads = {k: torch.randn_like(w) for k, w in weights.items() if k not in job.config["frozen"]}
+    importing = lambda module: lambda: finished(sys.executable, "-c", f"import {module}")
+    seconds = {
+        "augmentation of a batch": median_seconds(lambda: images(0, 0, rows), args.rounds),
+        "optimizer's update": median_seconds(lambda: job.update(grads, state, weights, 0.1), args.rounds),
+        "import torch": median_seconds(importing("torch"), 3),
+        "import bcq": median_seconds(importing("bcq"), 3),
+        "run.py --help": median_seconds(lambda: finished(sys.executable, TOP / "run.py", "--help"), 3)}
+    for what, value in seconds.items():
+        rate = {"images_per_second": args.batch / value} if "batch" in what else {}
+        print(f"{what:26} {1e3 * value:9.1f} ms", *(f"{r:,.0f} images/s" for r in rate.values()))
+        record(args.record, "data", "python tests/bench/data.py", method=what, seconds=value,
+               batch=args.batch, model=job.config["model"], **rate)
+
+
+if __name__ == "__main__":
+    main()
