@@ -7,11 +7,9 @@ Training is one pure function that returns what it changed:
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
 Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
-of yours draws its own; deployed weights keep what they unpacked). A dict maps names, as in
-model.named_parameters(), to tensors.
-"The paper" is BinaryConnect: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep Neural Networks
-with binary weights during propagations", arXiv:1511.00363.
-"""
+of yours draws its own; deployed weights keep what they unpacked). A dict maps model.named_parameters() names
+to tensors. "The paper" is BinaryConnect: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep
+Neural Networks with binary weights during propagations", arXiv:1511.00363."""
 import copy
 import functools
 import hashlib
@@ -47,9 +45,7 @@ def binarize_stochastic(w, u):
     probability = ((_no_nan(w) + 1) / 2).clamp(0, 1)
     return torch.where(u < probability, 1.0, torch.where(u >= probability, -1.0, w)).to(w.dtype)
 
-def _by_filter(vector, ndim):
-    """A vector (out,) as it multiplies a weight of so many dimensions."""
-    return vector.view(-1, *[1] * (ndim - 1))
+_by_filter = lambda vector, ndim: vector.view(-1, *[1] * (ndim - 1))   # (out,) as it multiplies a weight
 
 def binarize_scaled(w):
     """alpha * sign(w), alpha the mean of abs(w) over each output filter: BWN, and the weights of XNOR-Net.
@@ -83,8 +79,7 @@ def prune(params, names, share):
 # ---- 2. Straight-through, and maps over the dict ----
 def straight_through(w, q):
     """Exactly q in the forward pass; in the backward pass the gradient goes to w as if q were w.
-    w, q: float tensors of one shape; w finite. The order of the operations matters: q + (w - w) is q to the
-    last bit, which w + (q - w) is not. Source: the paper, Algorithm 1."""
+    w, q: float, of one shape, w finite. q + (w - w) is q to the last bit, w + (q - w) is not. Algorithm 1."""
     return q.detach() + (w - w.detach())
 
 def quantizable(model, first=True, last=True):
@@ -98,7 +93,7 @@ def quantizable(model, first=True, last=True):
         raise ValueError(f"the weight of {', '.join(computed)} is no parameter, but computed from others"
                          if computed else "the model has no Conv2d or Linear weight to quantize")
     names = list(dict.fromkeys(canonical[id(m.weight)] for m in layers.values()))
-    return names[0 if first else 1:len(names) if last else -1]
+    return names[not first:len(names) - (not last)]
 
 def _known(params, names):
     """The names as a set. Raises KeyError for those that are not in params."""
@@ -182,8 +177,7 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
         grads = torch.autograd.grad(cost, [latent[k] for k in trained], allow_unused=True,
                                     materialize_grads=True)
         deltas, opt_state = update(dict(zip(trained, grads)), opt_state, params, lr)   # dC/dwb moves w
-        moved = {k: w + deltas[k] if k in deltas else w for k, w in params.items()}
-        params = clip(moved, names)                                              # w = clip(w + delta, -1, 1)
+        params = clip({k: w + deltas.get(k, 0) for k, w in params.items()}, names)   # clip(w + delta, -1, 1)
         truth = labels if labels.ndim == 1 else labels.argmax(1)
         accuracy = (logits.detach().argmax(1) == truth).float().mean()
         return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
@@ -214,8 +208,8 @@ def recalibrate(model, params, buffers, batches, forward=apply):
     """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
     Training leaves moving averages over steps in which other signs were in force. Pass training images, not
     test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576."""
-    statistics = {f"{k}.{name}": m.momentum or 1.0 for k, m in _norms(model).items() if m.momentum != 0
-                  for name in ("running_mean", "running_var")}
+    statistics = {f"{k}.running_{name}": m.momentum or 1.0 for k, m in _norms(model).items()
+                  if m.momentum != 0 for name in ("mean", "var")}
     # what a training pass leaves of blank statistics is the batch's, times the momentum
     blank = {k: b if b.ndim and k not in statistics else torch.zeros_like(b) for k, b in buffers.items()}
     seen = []
@@ -270,8 +264,7 @@ def muon(momentum=0.95, nesterov=True, steps=5):
     Rectangular matrices are scaled by sqrt(max(1, rows / columns)). init raises ValueError for a tensor of
     fewer than two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024."""
     def init(params):
-        flat = [k for k, p in params.items() if p.ndim < 2]
-        if flat:
+        if flat := [k for k, p in params.items() if p.ndim < 2]:
             raise ValueError(f"muon takes matrices and convolutions, not {', '.join(flat)}")
         return {k: torch.zeros_like(p) for k, p in params.items()}
     def update(grads, state, params, lr):
@@ -282,8 +275,7 @@ def muon(momentum=0.95, nesterov=True, steps=5):
     return init, update
 
 def by_name(names, optimizer, rest):
-    """The optimizer that uses one (init, update) pair on the parameters in names and another on the rest.
-    init raises KeyError for a name that is not in params."""
+    """The optimizer with one (init, update) pair for the params in names, another for the rest. KeyError."""
     names, pairs = set(names), (optimizer, rest)
     parts = lambda d: [{k: v for k, v in d.items() if (k in names) == inside} for inside in (True, False)]
     def init(params):
@@ -411,8 +403,7 @@ def min_max(x, bits):
     return step, min(2**bits - 1, round((-low / step).item()))
 
 def least_squares(x, bits):
-    """The grid (step, zero), of 40 parts of min_max's, on which x is rounded with the least squared error.
-    Computed on 50,000 of its values."""
+    """The grid (step, zero), of 40 parts of min_max's, of least squared error on 50,000 values of x."""
     x = x.flatten()[::max(1, x.numel() // 50_000)].float()
     widest, zero = min_max(x, bits)
     steps = [widest * i / 40 for i in range(1, 41)]
@@ -504,8 +495,7 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
     codes: pack_bits' bytes for 1 to 8 bits, floats for 16 and 32; shape: the weight's; scale,
     shift: float32 (out,), shift or None; grid: (bits, zero) of the layer's input and step, its float step, or
     None to find it in each batch; without a grid, inputs stay real. No codes: a folded batch norm."""
-    parts = {"codes": codes, "bits": bits, "shape": shape, "scale": scale, "shift": shift, "grid": grid,
-             "step": step}
+    parts = dict(codes=codes, bits=bits, shape=shape, scale=scale, shift=shift, grid=grid, step=step)
     prepared = functools.cache(lambda: integers(**parts).view(*shape, *[1] * (4 - len(shape))))
     prepack = functools.lru_cache(1)(lambda *its: torch.ops.onednn.qconv_prepack(*its))
     value = lambda: codes if bits > 8 else integers(**parts) * _by_filter(scale, len(shape))
@@ -638,47 +628,56 @@ def _row(name, t, real=32):
             "side_bits": side + 32 * (parts.get("step") is not None), "a_bits": inputs, "macs": 0, "terms": 0,
             "outputs": 0, "ops": 0}
 
+_folded = lambda w: isinstance(w, Weight) and w.parts["codes"] is None   # what fold leaves of a batch norm
+
+def _operations(model, params, buffers, shape):
+    """What a forward pass of one image computes: tuples of the operation, the name of its weight, the number
+    of its outputs, of the terms of each (0 for what is no product), of the values it reads, and whether it
+    adds a bias; and the names of the weights that are given to layers. Traced on the meta device, no data."""
+    fake = {k: w if _folded(w) else torch.empty(w.shape, device="meta") for k, w in params.items()}
+    empty, layers, found = {k: b.to("meta") for k, b in buffers.items()}, set(), []
+    watched = _wrap(fake, [k for k in fake if fake[k].ndim > 1], lambda k, x: layers.add(k) or x)
+    graph = make_fx(lambda x: apply(model, watched, empty, x)[0])(torch.empty(1, *shape, device="meta"))
+    names = {id(w): k for k, w in fake.items()}
+    tensor = lambda n: getattr(graph, n.target) if n.op == "get_attr" else n.meta.get("tensor_meta")
+    free = lambda n: n.op == "call_function" and any(word in str(n.target) for word in _FREE)
+    for node in graph.graph.nodes:
+        op, name, terms, bias = str(node.target), None, 0, False
+        if node.op != "call_function" or free(node):
+            continue
+        of = node.args[0] if "convolution" in op and node.args[6] else node   # a transposed one
+        out = tensor(of if hasattr(tensor(of), "shape") else node.args[0]).shape.numel()
+        if op in _PRODUCTS:
+            weight = node.args[_PRODUCTS[op]]
+            terms = tensor(weight).shape[1:].numel() if "conv" in op else tensor(weight).shape[-2]
+            bias = node.args[2] is not None if "convolution" in op else "addmm" in op
+            while free(weight):
+                weight = weight.args[0]   # it is a view of
+            name = names.get(id(getattr(graph, str(weight.target), None)))
+        read = max([tensor(a).shape.numel() for a in node.args if hasattr(a, "meta")], default=0)
+        found.append((op, name, out, terms, read, bias))
+    return found, layers
+
 def count_cost(model, params, buffers, shape=(3, 32, 32)):
     """What the network stores, and computes for one image of that shape: a list of rows, dicts.
     params, buffers: as it is deployed, packed or real. layer: the weight's name, or an operation's; values
     and zeros in it, w_bits each; side_bits: of its scales, shift and step; a_bits: of the inputs as they are
-    multiplied; macs: multiply-accumulates, terms in each of outputs sums; ops: other operations, in 32 bits.
-    A batch norm is stored as two vectors. The forward pass is traced on the meta device, without data."""
-    folded = lambda w: isinstance(w, Weight) and w.parts["codes"] is None
+    multiplied; macs: multiply-accumulates, terms in each of outputs sums; ops: others. Norms: two vectors."""
     own = {k: w for k, w in params.items() if ":" not in k}
-    fake = {k: w if folded(w) else torch.empty(w.shape, device="meta") for k, w in own.items()}
-    empty = {k: b.to("meta") for k, b in buffers.items()}
-    quantized, blank = set(), torch.empty(1, *shape, device="meta")
-    watched = _wrap(fake, [k for k in fake if fake[k].ndim > 1], lambda k, x: quantized.add(k) or x)
-    graph = make_fx(lambda x: apply(model, watched, empty, x)[0])(blank)
     stored = own | {k: b for k, b in buffers.items() if k not in _constants(model) and b.ndim}
     real = max([8 * w.element_size() for w in own.values() if not isinstance(w, Weight)], default=32)
-    rows = {k: _row(k, t, real) for k, t in stored.items() if not folded(t)}
-    names = {id(w): k for k, w in fake.items()}
-    tensor = lambda n: getattr(graph, n.target) if n.op == "get_attr" else n.meta.get("tensor_meta")
-    for node in graph.graph.nodes:
-        op = str(node.target)
-        if node.op != "call_function" or any(word in op for word in _FREE):
-            continue
-        of = node.args[0] if "convolution" in op and node.args[6] else node   # a transposed one
-        out = tensor(of if hasattr(tensor(of), "shape") else node.args[0]).shape.numel()
-        if op not in _PRODUCTS:
-            read = max([tensor(a).shape.numel() for a in node.args if hasattr(a, "meta")], default=0)
-            row = rows.setdefault(op, _row(op, torch.empty(0)))
+    rows = {k: _row(k, t, real) for k, t in stored.items() if not _folded(t)}
+    operations, layers = _operations(model, own, buffers, shape)
+    for op, name, out, terms, read, bias in operations:
+        row = rows.setdefault(name or op, _row(op, torch.empty(0)))
+        if not terms:
             row["ops"] += 2 * out if "norm" in op else max(out, read)
             continue
-        weight = node.args[_PRODUCTS[op]]
-        terms = tensor(weight).shape[1:].numel() if "conv" in op else tensor(weight).shape[-2]
-        bias = node.args[2] is not None if "convolution" in op else "addmm" in op
-        while weight.op == "call_function" and any(word in str(weight.target) for word in _FREE):
-            weight = weight.args[0]   # it is a view of
-        name = names.get(id(getattr(graph, str(weight.target), None)), op)
-        row = rows.setdefault(name, _row(op, torch.empty(0)))
         row |= {"macs": row["macs"] + out * terms, "terms": terms, "outputs": row["outputs"] + out}
         parts = own[name].parts if isinstance(own.get(name), Weight) else {}
         scaled = parts.get("scale") is not None and bool((parts["scale"] != 1).any() or parts["grid"])
         row["ops"] += out * (scaled + (bias or parts.get("shift") is not None))
-        row["a_bits"] = row["a_bits"] if name in quantized else real
+        row["a_bits"] = row["a_bits"] if name in layers else real
     return list(rows.values())
 
 def course_score(cost, credit_zeros=False):
@@ -698,8 +697,8 @@ def micronet_score(cost, accumulator=fp32_sums, freebie=False):
     """The score of the MicroNet challenge 2019, CIFAR-100 (WideResNet-28-10 in 32 bits: 2), from count_cost.
     Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where zeros make that smaller, plus
     multiplications and additions over 10.49e9 of 32 bits. Zeros are not multiplied; +-1 by a float or by +-1
-    costs 1 bit. accumulator(w_bits, a_bits, terms): the bits of an addition. freebie: 32 counts as 16, save
-    in additions. Source: the challenge's rules. Eligible at 80 %."""
+    costs 1 bit. accumulator(w_bits, a_bits, terms): bits of an addition; freebie: 32 counts as 16, not there.
+    Source: the challenge's rules. Eligible at 80 %."""
     if freebie and any(r["values"] and r["w_bits"] < 16 for r in cost):
         raise ValueError("the freebie is for networks with nothing below 16 bits")
     half = lambda bits: 16 if freebie and bits == 32 else bits
@@ -737,8 +736,7 @@ def to_device(value, device):
 def save_checkpoint(path, net, hyperparam, **meta):
     """Writes {'net': net, 'hyperparam': hyperparam, **meta} atomically: path is the old file or the new one.
     net: the weights that the network computes with (for BinaryConnect +-1), from state_dict; hyperparam: the
-    dict of arguments that the constructor takes; meta: tensors, numbers, strings, dicts and lists. torch.load
-    reads the file. Raises OSError if it cannot be written."""
+    constructor's arguments, a dict; meta: tensors, numbers, strings, dicts, lists. Raises OSError."""
     stream = io.BytesIO()
     torch.save(to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu"), stream)
     sealed = stream.getvalue()[:-2] + struct.pack("<H", len(_SEAL) + 32) + _SEAL
@@ -784,16 +782,15 @@ def _fit(net, expected, path):
     wrong = [f"{k} is {shape(net[k])}, expected {tuple(t.shape)}" for k, t in expected.items()
              if k in net and shape(net[k]) != tuple(t.shape)]
     wrong += [f"{k} is missing" for k in expected if k not in net]
-    wrong += [f"{k} is unknown" for k in net if k not in expected]
-    if wrong:
+    if wrong := wrong + [f"{k} is unknown" for k in net if k not in expected]:
         raise ValueError(f"{path}: {len(wrong)} of its keys do not fit the model: {'; '.join(wrong)}")
     return net
 
 def _construct(path, build, hyperparam):
     """build called with the hyperparam in a file. Raises ValueError where it does not take it."""
     try:
-        value = () if hyperparam is None else (hyperparam,)
-        return build(**hyperparam) if isinstance(hyperparam, dict) else build(*value)
+        given = [] if hyperparam is None else [hyperparam]
+        return build(**hyperparam) if isinstance(hyperparam, dict) else build(*given)
     except Exception as error:   # of a user's own constructor
         raise ValueError(f"{path}: the model does not take the hyperparam in the file ({error})") from None
 
@@ -803,9 +800,8 @@ def load_checkpoint(path, build):
     meta: all else in the file, latent weights included. A plain state dict, or one under 'net', with the
     prefixes of wrappers, is read too. Raises OSError, or ValueError with exactly the keys that do not fit."""
     content = read_checkpoint(path)
-    net = content.get("net", content)
     model = _construct(path, build, content.get("hyperparam"))
-    net = _fit(net, model.state_dict(), path)
+    net = _fit(content.get("net", content), model.state_dict(), path)
     model.load_state_dict(net)
     params, buffers = split(model)
     stored = lambda tensors: {k: net[k].clone() if k in net else t for k, t in tensors.items()}

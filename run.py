@@ -900,7 +900,8 @@ def expected_seconds(job, run):
     side = lambda epoch: (job.config["sides"][epoch:] or [None])[0]
     epochs = range(run["epoch"], job.config["epochs"])
     seconds = {side(e): step_of(e) for e in {side(e): e for e in epochs}.values()}
-    return sum(seconds[side(e)] for e in epochs) * job.steps - run["step"] * seconds[side(run["epoch"])]
+    done = run["step"] * seconds.get(side(run["epoch"]), 0)
+    return sum(seconds[side(e)] for e in epochs) * job.steps - done
 
 
 def duration(seconds):

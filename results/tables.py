@@ -139,8 +139,8 @@ def steps(records):
     rounds = ", ".join(sorted({str(r["rounds"]) for r in rows}))
     return [*lines, "", "Plain is an ordinary loop with torch.optim, lab the loop of the lab sheet, "
             "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes on a "
-            f"CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its own process. "
-            f"{machine(rows)} Commands:", "", *commands(rows)]
+            f"CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its own "
+            f"process. {machine(rows)} Commands:", "", *commands(rows)]
 
 
 def machine(rows):
