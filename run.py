@@ -180,8 +180,8 @@ def load_torchvision(name, root):
     return data
 
 
-def load_tree(root, name):
-    """The images in root/{train,test}/CLASS/*, RGB of 32x32, decoded once and kept in root/bcq-cache.pth."""
+def tree_files(root, name):
+    """The files in root/{train,test}/CLASS/* by split, and the classes. Raises ValueError for other trees."""
     files = {
         split: sorted(p for p in (root / split).glob("*/*") if not p.name.startswith("."))
         for split in ("train", "test")
@@ -205,6 +205,12 @@ def load_tree(root, name):
         raise ValueError(f"{root}: its classes are not CIFAR-10's; use --dataset {root}")
     if name == "cifar100" and len(folders["train"]) != 100:
         raise ValueError(f"{root}: {len(folders['train'])} classes, CIFAR-100 has 100; use --dataset {root}")
+    return files, folders["train"]
+
+
+def load_tree(root, name):
+    """The images in root/{train,test}/CLASS/*, RGB of 32x32, decoded once and kept in root/bcq-cache.pth."""
+    files, classes = tree_files(root, name)
     stamps = [f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}"
               for split in files for p in files[split]]
     fingerprint = hashlib.sha256("\n".join(stamps).encode()).hexdigest()
@@ -212,19 +218,19 @@ def load_tree(root, name):
     try:
         content = bcq.read_checkpoint(cache)
         if content["fingerprint"] == fingerprint:
-            return {"name": name, "classes": folders["train"], **content["net"]}
+            return {"name": name, "classes": classes, **content["net"]}
     except (OSError, ValueError, KeyError):
         pass  # no cache, or one of other files, or a damaged one: decode again
     print(f"data       decoding {len(stamps):,} images of {root}")
     tensors = {}
     for split in files:
         tensors[f"{split}_x"] = torch.stack([decode(path) for path in files[split]])
-        tensors[f"{split}_y"] = torch.tensor([folders[split].index(p.parent.name) for p in files[split]])
+        tensors[f"{split}_y"] = torch.tensor([classes.index(p.parent.name) for p in files[split]])
     try:
         bcq.save_checkpoint(cache, tensors, None, fingerprint=fingerprint)
     except OSError as error:
         print(f"data       not cached, decoded again next time ({one_line(error)})")
-    return {"name": name, "classes": folders["train"], **tensors}
+    return {"name": name, "classes": classes, **tensors}
 
 
 def decode(path, resize=False):
@@ -1418,20 +1424,25 @@ def evaluate_checkpoint(args):
     return expect(args, result["accuracy"])
 
 
-def convert(args):
-    """--mode ptq and export: a trained network in fewer bits; each version is written, then measured from its
-    file: accuracy, size, latency, side by side: the exit status."""
+def convertible(args, device):
+    """The network to convert, in float32. Raises ValueError where the flags ask for what cannot be."""
     if "a_bits" in args.given:
         raise ValueError("--a-bits is for --mode lsq; ptq has 8, or --inputs real")
     if args.mode == "ptq" and args.dtype not in ("fp16", "bf16", "int8"):
         raise ValueError("--mode ptq needs --dtype fp16, bf16 or int8")
-    device, _ = choose_device(args)
     net = load_network(args.checkpoint, device, args.given.get("model"))
     if net.packed:
         raise ValueError(f"{args.checkpoint}: is packed already")
-    net = in_fp32(net)
     if args.record and "config" not in net.meta:
         raise ValueError(f"{args.checkpoint}: does not say how it was trained: nothing to --record")
+    return in_fp32(net)
+
+
+def convert(args):
+    """--mode ptq and export: a trained network in fewer bits; each version is written, then measured from its
+    file: accuracy, size, latency, side by side: the exit status."""
+    device, _ = choose_device(args)
+    net = convertible(args, device)
     data = checkpoint_data(args, net, device)
     folder = Path(args.out or Path(args.checkpoint).parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -1594,6 +1605,30 @@ def cells(words):
     return list({json.dumps(run, sort_keys=True): run for run in runs}.values())
 
 
+def cell_name(run):
+    """The name of a run of a sweep, and of its folder."""
+    return "-".join(SHORT.get(k, k) + re.sub("[/:]", "_", v) for k, v in run.items())
+
+
+def run_cell(cell, words, places):
+    """Trains and exports one run of a sweep in the folder cell, but for what is done: the exit status."""
+    if (cell / "words.json").exists() and json.loads((cell / "words.json").read_text()) != words:
+        raise ValueError(f"{cell}: was run with other flags; give the sweep another --out")
+    result, unfinished = cell / "result.jsonl", cell / "result.tmp"
+    print(f"cell       {cell.name}", flush=True)
+    if result.exists():
+        return 0
+    cell.mkdir(parents=True, exist_ok=True)
+    write_lines(cell / "words.json", [words])
+    status = main([*words, "--out", str(cell), "--resume"], alone=True)
+    unfinished.unlink(missing_ok=True)
+    status = status or main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
+                             str(unfinished), *places], alone=True)
+    if not status:
+        os.replace(unfinished, result)
+    return status
+
+
 def sweep(args):
     """--mode sweep: trains and exports every combination, but for those that are done: the exit status."""
     runs = cells(args.images or [])
@@ -1604,39 +1639,22 @@ def sweep(args):
     own = {k: flag(k, v) for k, v in args.given.items() if k not in left_out}
     flags = [word for words in own.values() for word in words]
     folder = Path(args.out or "runs/sweep")
+    words_of = lambda run: flags + [f"--{k}={v}" for k, v in run.items()]
     for run in runs:
-        parse_arguments(flags + [f"--{k}={v}" for k, v in run.items()])   # all, before the first is run
+        parse_arguments(words_of(run))   # all, before the first is run
     if args.world > 1 and "dataset" not in runs[0]:
         one_first(args, lambda: load_data(args.dataset, args.data_dir))
-    called = lambda run: "-".join(SHORT.get(k, k) + re.sub("[/:]", "_", v) for k, v in run.items())
     for run in runs[args.rank::args.world]:
-        name = called(run)
-        cell, words = folder / name, flags + [f"--{k}={v}" for k, v in run.items()]
-        if (cell / "words.json").exists() and json.loads((cell / "words.json").read_text()) != words:
-            raise ValueError(f"{cell}: was run with other flags; give the sweep another --out")
-        result = cell / "result.jsonl"
-        print(f"cell       {name}", flush=True)
-        if not result.exists():
-            cell.mkdir(parents=True, exist_ok=True)
-            write_lines(cell / "words.json", [words])
-            status = main([*words, "--out", str(cell), "--resume"], alone=True)
-            if status:
-                return status
-            unfinished = cell / "result.tmp"
-            unfinished.unlink(missing_ok=True)
-            places = [w for k in ("data_dir", "dataset", "threads", "device") for w in own.get(k, [])]
-            places += [f"--{k}={run[k]}" for k in ("data-dir", "dataset") if k in run]
-            status = main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
-                           str(unfinished), *places], alone=True)
-            if status:
-                return status
-            os.replace(unfinished, result)
+        places = [w for k in ("data_dir", "dataset", "threads", "device") for w in own.get(k, [])]
+        places += [f"--{k}={run[k]}" for k in ("data-dir", "dataset") if k in run]
+        if status := run_cell(folder / cell_name(run), words_of(run), places):
+            return status
     if args.world > 1:
         dist.barrier()
     if args.rank:
         return 0
     read = lambda name: json.loads((folder / name / "result.jsonl").read_text().splitlines()[-1])
-    rows = [{"name": name, **read(name)} for name in map(called, runs)]
+    rows = [{"name": name, **read(name)} for name in map(cell_name, runs)]
     print_sweep(rows)
     draw_sweep(folder, rows)
     print(f"files      {folder / 'size.png'}, {folder / 'scores.png'}")
@@ -1743,8 +1761,53 @@ def subset(text):
     return text
 
 
-def parse_arguments(argv):
-    """The arguments, with args.given: those that were typed."""
+FLAGS = {
+    "--mode": dict(choices=[*MODES, "ptq", "export", "eval", "score", "sweep", "predict"],
+                   help="what to do (default: bc)"),
+    "--dataset": dict(
+        help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)"),
+    "--data-dir": dict(help="where CIFAR is, or is downloaded to; also a folder of images (default: data)"),
+    "--model": dict(help=f"{', '.join(models.MODELS)}, or FILE.py:NAME (default: fast; vgg_bc with --paper)"),
+    "--width": dict(type=number(float, 0.01),
+                    help="factor on the channels; for wrn the widening (default: the model's)"),
+    "--epochs": dict(type=number(int, 1), help="default: the preset's"),
+    "--batch-size": dict(type=number(int, 1), help="default: the preset's"),
+    "--lr": dict(type=number(float, 0), help="peak learning rate (default: the preset's)"),
+    "--optimizer": dict(choices=OPTIMIZERS, help="default: the preset's"),
+    "--w-bits": dict(type=number(int, 2, 8),
+                     help="bits of the weights, with lsq and ptq (default: 4; ptq: 8)"),
+    "--a-bits": dict(type=number(int, 2, 8), help="bits of the layers' inputs, with lsq (default: 4)"),
+    "--init": dict(help="start from the weights in this checkpoint (default: random ones)"),
+    "--teacher": dict(help="learn from the probabilities that the network in this checkpoint gives, too"),
+    "--mix": dict(choices=["mixup", "cutmix"], help="mix the images of a batch (default: no)"),
+    "--prune": dict(type=number(float, 0, 0.99), help="keep this share of the weights at zero (default: 0)"),
+    "--seed": dict(type=number(int, 0, 2**63 - 1), help="default: 0"),
+    "--val": dict(type=number(int, 0),
+                  help="training images held out for validation (default: 5000, or a tenth if that is less)"),
+    "--device": dict(help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"),
+    "--threads": dict(type=number(int, 1, 1024), help="CPU threads (default: torch's choice)"),
+    "--out": dict(help="folder of the run (default: a new one, runs/MODE-MODEL-N)"),
+    "--resume": dict(nargs="?", const=True, help="go on with the run in this folder (or in --out)"),
+    "--checkpoint": dict(help="file to convert, evaluate or predict with"),
+    "--dtype": dict(choices=["fp32", "bf16", "fp16", "int8"],
+                    help="of training, fp32 or bf16 (default: which is fast); of ptq, fp16, bf16 or int8"),
+    "--inputs": dict(choices=["static", "dynamic", "real"],
+                     help="of int8: calibrated, measured in each batch, or not quantized (default: static)"),
+    "--fit": dict(choices=["min-max", "least-squares"], help="of static inputs (default: min-max)"),
+    "--subset": dict(type=subset,
+                     help="train on so many images; with a point, on that fraction (default: all)"),
+    "--classes": dict(type=number(int, 2), help="only the first so many classes (default: all)"),
+    "--expect": dict(type=number(float, 0, 1), help="exit with 1 where the test accuracy is below"),
+    "--compile": dict(action="store_true", help="the training step as one graph, by torch.compile"),
+    "--paper": dict(action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)"),
+    "--record": dict(nargs="?", const="results/records.jsonl",
+                     help="append the figures to a file (default: results/records.jsonl)"),
+    "images": dict(nargs="*", help="images for --mode predict; KEY=VALUE,VALUE of flags for sweep"),
+}
+
+
+def build_parser():
+    """The parser of FLAGS; with --help it shows the presets too."""
     table = {"(all)": DEFAULTS, **{f"({k})": v for k, v in OPTIMIZERS.items()}, **PRESETS}
     rows = "\n".join(f"  {name:13} {', '.join(f'{k} {v}' for k, v in row.items())}"
                      for name, row in table.items())
@@ -1752,56 +1815,19 @@ def parse_arguments(argv):
         prog="run.py", description="Trains, evaluates and converts 1-bit networks.", allow_abbrev=False,
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"presets, later rows overriding earlier ones (by optimizer, model, method):\n{rows}")
+    for flag, options in FLAGS.items():
+        parser.add_argument(flag, **options)
 
     def complain(message):
         raise ValueError(message)
 
     parser.error = complain
-    add = parser.add_argument
-    preset_says = "default: the preset's"
-    add("--mode", choices=[*MODES, "ptq", "export", "eval", "score", "sweep", "predict"],
-        help="what to do (default: bc)")
-    add("--dataset",
-        help="cifar10, cifar100, shapes (built in) or a folder DIR/{train,test}/CLASS/* (default: cifar10)")
-    add("--data-dir",
-        help="where CIFAR is, or is downloaded to; also a folder of images (default: data)")
-    add("--model",
-        help=f"{', '.join(models.MODELS)}, or FILE.py:NAME (default: fast; vgg_bc with --paper)")
-    add("--width", type=number(float, 0.01),
-        help="factor on the channels; for wrn the widening (default: the model's)")
-    add("--epochs", type=number(int, 1), help=preset_says)
-    add("--batch-size", type=number(int, 1), help=preset_says)
-    add("--lr", type=number(float, 0), help=f"peak learning rate ({preset_says})")
-    add("--optimizer", choices=OPTIMIZERS, help=preset_says)
-    add("--w-bits", type=number(int, 2, 8), help="bits of the weights, with lsq and ptq (default: 4; ptq: 8)")
-    add("--a-bits", type=number(int, 2, 8), help="bits of the layers' inputs, with lsq (default: 4)")
-    add("--init", help="start from the weights in this checkpoint (default: random ones)")
-    add("--teacher", help="learn from the probabilities that the network in this checkpoint gives, too")
-    add("--mix", choices=["mixup", "cutmix"], help="mix the images of a batch (default: no)")
-    add("--prune", type=number(float, 0, 0.99), help="keep this share of the weights at zero (default: 0)")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
-    add("--val", type=number(int, 0),
-        help="training images held out for validation (default: 5000, or a tenth if that is less)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--threads", type=number(int, 1, 1024), help="CPU threads (default: torch's choice)")
-    add("--out", help="folder of the run (default: a new one, runs/MODE-MODEL-N)")
-    add("--resume", nargs="?", const=True, help="go on with the run in this folder (or in --out)")
-    add("--checkpoint", help="file to convert, evaluate or predict with")
-    add("--dtype", choices=["fp32", "bf16", "fp16", "int8"],
-        help="of training, fp32 or bf16 (default: bf16 where it is fast); of ptq, fp16, bf16 or int8")
-    add("--inputs", choices=["static", "dynamic", "real"],
-        help="of int8: calibrated before, measured in each batch, or not quantized (default: static)")
-    add("--fit", choices=["min-max", "least-squares"], help="of static inputs (default: min-max)")
-    add("--subset", type=subset,
-        help="train on so many images; with a point, on that fraction (default: all)")
-    add("--classes", type=number(int, 2), help="only the first so many classes (default: all)")
-    add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
-    add("--compile", action="store_true", help="the training step as one graph, by torch.compile")
-    add("--paper", action="store_true", help="the recipe of the BinaryConnect paper (500 epochs)")
-    add("--record", nargs="?", const="results/records.jsonl",
-        help="append the figures to a file (default: results/records.jsonl)")
-    add("images", nargs="*", help="images for --mode predict; KEY=VALUE,VALUE of flags for sweep")
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v != []}
+    return parser
+
+
+def parse_arguments(argv):
+    """The arguments, with args.given: those that were typed."""
+    given = {k: v for k, v in vars(build_parser().parse_args(argv)).items() if v != []}
     unset = dict.fromkeys(("dataset", "width", "val", "device", "threads", "out", "resume", "checkpoint",
                            "dtype", "subset", "classes", "expect", "record", "images", "init", "teacher"))
     own = {"inputs": "static", "fit": "min-max", "mode": "bc", "data_dir": "data", "seed": 0,
