@@ -3,7 +3,6 @@
 A network is a model (an nn.Module, read only for its forward code) and two dicts of tensors, params and
 buffers. A method is a pure function from the latent params to the params that the network computes with.
 Training is one pure function that returns what it changed:
-
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
 Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
@@ -165,7 +164,8 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
     The step returns (params, buffers, opt_state, metrics) with the latent params; metrics: loss and accuracy
     (0 to 1) of the batch, tensors. batch: (x, labels), labels int64 (n,), or probabilities (n, classes), of a
     teacher or of mixed images. An ordinary network is the case of no names. All params are trained but those
-    named in frozen, which are none of update's business. Source: the paper, Algorithm 1."""
+    in frozen, which init and update are not given. KeyError. Source: the paper, Algorithm 1."""
+    names, frozen = set(names), set(frozen)
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
         params = {k: w.detach() for k, w in params.items()}
@@ -174,13 +174,12 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
         weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
         logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
         cost = loss(logits, labels)
-        grads = torch.autograd.grad(cost, [latent[k] for k in trained], allow_unused=True,
-                                    materialize_grads=True)
+        grads = torch.autograd.grad(cost, [latent[k] for k in trained], materialize_grads=True)
         deltas, opt_state = update(dict(zip(trained, grads)), opt_state, params, lr)   # dC/dwb moves w
-        params = clip({k: w + deltas.get(k, 0) for k, w in params.items()}, names)   # clip(w + delta, -1, 1)
+        moved = clip({k: params[k] + deltas[k] for k in trained}, names - frozen)   # clip(w + delta, -1, 1)
         truth = labels if labels.ndim == 1 else labels.argmax(1)
         accuracy = (logits.detach().argmax(1) == truth).float().mean()
-        return params, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
+        return {**params, **moved}, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
     return step
 
 # ---- 5. Evaluation ----
@@ -275,7 +274,7 @@ def muon(momentum=0.95, nesterov=True, steps=5):
     return init, update
 
 def by_name(names, optimizer, rest):
-    """The optimizer with one (init, update) pair for the params in names, another for the rest. KeyError."""
+    """The optimizer with one pair for the params in names, another for the rest. init raises KeyError."""
     names, pairs = set(names), (optimizer, rest)
     parts = lambda d: [{k: v for k, v in d.items() if (k in names) == inside} for inside in (True, False)]
     def init(params):
@@ -355,7 +354,8 @@ class Weight(torch.Tensor):
             if function in (F.conv2d, F.linear):
                 call = {**dict(zip(_LAYER, args)), **(kwargs or {})}
                 return call.pop("weight").compute(function, call.pop("input"), **call)
-            if function.__name__ in ("to", "clone", "half", "cuda", "cpu", "float", "double", "bfloat16"):
+            moves = function.__name__ in ("to", "clone", "half", "cuda", "cpu", "float", "double", "bfloat16")
+            if moves and any(isinstance(a, cls) and a.parts is not None for a in args):
                 raise TypeError("a deployed tensor is more than its values: move it with to_device")
             args, kwargs = tree_map_only(cls, lambda a: a.value(), (args, kwargs or {}))
             return function(*args, **kwargs)
@@ -697,7 +697,7 @@ def micronet_score(cost, accumulator=fp32_sums, freebie=False):
     """The score of the MicroNet challenge 2019, CIFAR-100 (WideResNet-28-10 in 32 bits: 2), from count_cost.
     Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where zeros make that smaller, plus
     multiplications and additions over 10.49e9 of 32 bits. Zeros are not multiplied; +-1 by a float or by +-1
-    costs 1 bit. accumulator(w_bits, a_bits, terms): bits of an addition; freebie: 32 counts as 16, not there.
+    costs 1 bit. accumulator(w_bits, a_bits, terms): of an addition. freebie: 32 bits as 16 in all else.
     Source: the challenge's rules. Eligible at 80 %."""
     if freebie and any(r["values"] and r["w_bits"] < 16 for r in cost):
         raise ValueError("the freebie is for networks with nothing below 16 bits")

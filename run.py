@@ -30,6 +30,7 @@ import torch.distributed.nn
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import bcq
@@ -47,12 +48,13 @@ OPTIMIZERS = {
 }
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
                 w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
-                latents="model", frozen=[], sides=[], real_epochs=0, flip=True, crop=4, cutout=0,
-                recalibrate=0, zca=False)
+                latents="model", frozen=[], real_epochs=0, flip=True, crop=4, cutout=0, recalibrate=0,
+                zca=False)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", frozen=["stem.weight"], smoothing=0.2, crop=3,
                  recalibrate=5000),
     "bc": dict(weight_decay=0.0),
+    "fast bc": dict(epochs=9, real_epochs=3, frozen=["stem.weight", "stem_norm.weight", "stem_norm.bias"]),
     "fast bc-stochastic": dict(lr=2.0, rest_lr=0.375),   # latents near the bound: clear probabilities
     "xnor": dict(act="hardtanh"),
     "lsq": dict(w_bits=4, a_bits=4),
@@ -335,12 +337,6 @@ def batches(data, split, size=500):
         yield prepare(x[i:i + size], data), y[i:i + size]
 
 
-def shrunk(x, side):
-    """Images (n, c, h, w) of side x side pixels: smaller ones teach the first epochs as well, and sooner."""
-    x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def fit_zca(x, bias=0.1):
     """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean,
     matrix).
@@ -431,22 +427,22 @@ def device_name(device):
 
 
 def cores():
-    """The processor cores that this process may use: a container often grants fewer than there are."""
+    """The processor cores that this process may use: fewer than there are under taskset or cgroup v2."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    share, period = quota.read_text().split() if quota.exists() else ("max", "1")
-    return allowed if share == "max" else max(1, min(allowed, round(int(share) / int(period))))
+    try:
+        share, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        return max(1, min(allowed, round(share / period)))
+    except (OSError, ValueError):   # no such file, or no limit in it
+        return allowed
 
 
 def choose_device(args):
     """The device and the training dtype, 'bf16' or 'fp32', that the flags or the machine ask for."""
-    own = os.environ.get("LOCAL_RANK", "0")
-    if args.threads or args.world > 1:   # torchrun has set one thread
-        torch.set_num_threads(args.threads or max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
-    else:
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))
+    together = os.environ.get("LOCAL_WORLD_SIZE")   # torchrun starts each of so many with one thread
+    torch.set_num_threads(args.threads or (max(1, cores() // int(together)) if together else
+                                           min(torch.get_num_threads(), cores())))
     try:
-        device = torch.device(args.device or (f"cuda:{own}" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither cpu nor cuda")
         torch.zeros(1, device=device)
@@ -481,26 +477,28 @@ def processes(args):
     if args.world == 1:
         yield
         return
-    cuda = torch.cuda.is_available() and str(args.device or "cuda").startswith("cuda")
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))   # what "cuda" means in this process
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=168 if args.mode == "sweep" else 1))
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if args.rank else sys.stdout):
             yield
     except RuntimeError as error:
         if any(word in str(error) for word in ("closed by peer", "Connection reset", "Broken pipe")):
-            raise ValueError("another process of this run ended: start them all again, with --resume "
-                             "and the folder of the run") from None
+            raise ValueError("another process of this run ended; if it left no message it was killed: start "
+                             "them all again, with --resume and the folder of the run") from None
         raise
     finally:
         dist.destroy_process_group()
 
 
-def reduced(args, values, device="cpu", op=dist.ReduceOp.SUM):
-    """Numbers summed over the processes, or their maximum, as a list."""
+def reduced(args, values, device="cpu"):
+    """Numbers summed over the processes, as a list."""
     if args.world == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, op)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -521,7 +519,7 @@ def averaged(optimizer):
     def mean_update(grads, state, params, lr):
         flat = torch.cat([g.flatten() for g in grads.values()])
         dist.all_reduce(flat)
-        parts = (flat / dist.get_world_size()).split([g.numel() for g in grads.values()])
+        parts = flat.div_(dist.get_world_size()).split([g.numel() for g in grads.values()])
         means = {k: part.view_as(g) for (k, g), part in zip(grads.items(), parts)}
         return update(means, state, params, lr)
 
@@ -531,8 +529,9 @@ def averaged(optimizer):
 def synchronized(model, forward):
     """A forward to pass in place of another: batch norm by the mean and the variance over all processes.
 
-    With it, processes that share a batch compute what one would with the whole of it. As SyncBatchNorm of
-    torch, which knows no CPU. Raises ValueError for a batch norm without weights.
+    With it, processes that share a batch compute what one would with the whole of it, as SyncBatchNorm of
+    torch does, which knows no CPU. That is for the batch norm modules of the model; whatever else in it looks
+    at the whole batch looks at a process's share. Raises ValueError for a batch norm without weights.
     """
     norms = {k: m for k, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     if plain := [k for k, m in norms.items() if not m.affine]:
@@ -543,9 +542,10 @@ def synchronized(model, forward):
             return norm(x, mean, var, own, bias, False, momentum, eps)
         vector = lambda t: t.view(-1, *[1] * (x.ndim - 2))
         own_var, own_mean = torch.var_mean(x.float(), [d for d in range(x.ndim) if d != 1], correction=0)
-        moments = torch.stack([own_mean, own_var + own_mean.square()]).double()
+        own_var, own_mean = own_var.double(), own_mean.double()   # so that the squares do not cancel
+        moments = torch.stack([own_mean, own_var + own_mean.square()])
         first, second = dist.nn.all_reduce(moments) / dist.get_world_size()
-        spread = second - first.square()
+        spread = (second - first.square()).clamp(min=0)
         count = x.numel() / len(own_mean) * dist.get_world_size()
         with torch.no_grad():   # buffers of this call, as apply gives them: batch norm writes into them
             for t, new in ((mean, first), (var, spread * count / (count - 1))):
@@ -555,7 +555,7 @@ def synchronized(model, forward):
         return (x * vector(scale) + vector(bias - first.float() * scale)).to(x.dtype)
 
     def together(model, params, buffers, x, train=False):
-        own = {f"{k}.weight": params[f"{k}.weight"] for k in norms}
+        own = {f"{k}.weight": params[f"{k}.weight"] for k in norms if f"{k}.weight" in params}   # tied: once
         shared = {k: bcq.Weight(w, partial(normalize, w), lambda w=w: w) for k, w in own.items()}
         return forward(model, {**params, **shared}, buffers, x, train)
 
@@ -664,7 +664,7 @@ def generator(*key, device="cpu"):
 def configure(args, data):
     """The whole configuration of a training run, JSON types only."""
     flags = {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer", "w_bits", "a_bits", "mix",
-                                        "prune") if k in args.given}
+                                        "prune", "real_epochs") if k in args.given}
     name, settings = preset(args.mode, args.model, args.paper, **flags)
     config = {
         "mode": args.mode, "model": args.model, "width": args.width or default_width(args.model),
@@ -673,6 +673,14 @@ def configure(args, data):
         "dataset": data["name"], "subset": args.subset, "val": args.val, "seed": args.seed, "preset": name,
         **settings
     }
+    if "real_epochs" not in args.given:
+        config["real_epochs"] = min(config["real_epochs"], config["epochs"] // 2)
+    elif config["real_epochs"] >= config["epochs"]:
+        raise ValueError(f"--real-epochs {config['real_epochs']}: none of {config['epochs']} epochs is left "
+                         "for low-bit weights")
+    if config["real_epochs"] and (args.mode in ("lsq", "xnor") or config["prune"]):
+        raise ValueError(f"--real-epochs is for weights alone: not for --mode {args.mode} with quantized "
+                         "inputs, nor with --prune; --init starts from a real network")
     if args.mode != "lsq" and {"w_bits", "a_bits"} & args.given.keys():
         raise ValueError("--w-bits and --a-bits are for --mode lsq and ptq")
     total = len(data["train_y"])
@@ -763,7 +771,6 @@ def make_images(job):
         draw = lambda high: torch.randint(high, (size, ), generator=own, device=device)[rows]
         x = data["train_x"][chosen.to(device)]
         x = prepare(augment(x, flip, config["crop"], config["cutout"], draw), data)
-        x = shrunk(x, config["sides"][epoch]) if epoch < len(config["sides"]) else x
         labels = data["train_y"][chosen.to(device)]
         return x, F.one_hot(labels, config["classes"]).float() if config["mix"] or job.teacher else labels
 
@@ -849,10 +856,12 @@ def end_epoch(job, run):
     }
     if len(job.dataset["val_y"]):
         score = lambda params: evaluated(job, params, run["buffers"])
-        real = not job.names or run["epoch"] < job.config["real_epochs"]   # no low-bit network yet
-        result = score(run["params"] if real else deployed(run["params"], job))
-        line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
-        line |= {} if real else {"val_accuracy_latent": score(run["params"])["accuracy"]}
+        early = job.names and run["epoch"] < job.config["real_epochs"]   # there is no low-bit network yet
+        if not early:
+            result = score(deployed(run["params"], job))
+            line |= {"val_loss": result["loss"], "val_accuracy": result["accuracy"]}
+        if job.names:
+            line["val_accuracy_latent"] = score(run["params"])["accuracy"]
     if MODES[job.config["mode"]][2]:
         line |= {"at_bound": saturation(run["params"], job.names),
                  "flipped": flips(run["before"], run["params"], job.names)}
@@ -889,25 +898,25 @@ def recalibrated(job, run):
     """The buffers with batch norm's statistics over training images, for the weights that are deployed."""
     size = job.config["batch_size"]
     count = min(job.steps, max(1, job.config["recalibrate"] // size))
-    first = itertools.islice(batches(job.dataset, "train", size), count)
-    return bcq.recalibrate(job.model, deployed(run["params"], job), run["buffers"], first, job.forward)
+    rank, step = (job.args.rank, job.args.world) if count % job.args.world == 0 else (0, 1)
+    own = itertools.islice(batches(job.dataset, "train", size), rank, count, step)
+    buffers = bcq.recalibrate(job.model, deployed(run["params"], job), run["buffers"], own, job.forward)
+    real = [k for k, b in buffers.items() if b.is_floating_point()] if step > 1 else []
+    for k in real:
+        total = buffers[k].clone()
+        dist.all_reduce(total)
+        buffers[k] = total / step
+    return buffers
 
 
 def expected_seconds(job, run):
     """The time left, from a few steps whose result is thrown away: a pure step costs nothing else."""
-    def step_of(epoch):
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            job.step({**run, "epoch": epoch, "step": 0}, 0.0)[1]["loss"].item()
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
-
-    side = lambda epoch: (job.config["sides"][epoch:] or [None])[0]
-    epochs = range(run["epoch"], job.config["epochs"])
-    seconds = {side(e): step_of(e) for e in {side(e): e for e in epochs}.values()}
-    done = run["step"] * seconds.get(side(run["epoch"]), 0)
-    return sum(seconds[side(e)] for e in epochs) * job.steps - done
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        job.step({**run, "step": 0}, 0.0)[1]["loss"].item()
+        times.append(time.perf_counter() - start)
+    return min(times[1:]) * ((job.config["epochs"] - run["epoch"]) * job.steps - run["step"])
 
 
 def duration(seconds):
@@ -1000,8 +1009,8 @@ def find_run(args):
             raise ValueError(f"{folder}: no run to resume there (no last.pth)")
         content = bcq.read_checkpoint(saved)
         needed = {"state", "config", "source", "names", "bits", "grids", "masks", "first_steps"}
-        if not needed <= content.keys():
-            raise ValueError(f"{saved}: a checkpoint, but not of a run to resume")
+        if not needed <= content.keys() or "real_epochs" not in content["config"]:
+            raise ValueError(f"{saved}: a checkpoint, but not of a run to resume with this version")
         return folder, content
     if saved.exists() or (folder / "model.pth").exists():
         raise ValueError(
@@ -1013,24 +1022,35 @@ def one_folder(args):
     """find_run as the first process finds it, for all of them."""
     if args.world == 1:
         return find_run(args)
-    found = [None if args.rank else find_run(args)[0]]
+    folder, saved = (None, None) if args.rank else find_run(args)
+    found = [folder, saved is not None]
     dist.broadcast_object_list(found)
-    saved = found[0] / "last.pth"
-    return found[0], bcq.read_checkpoint(saved) if saved.exists() else None
+    if args.rank and found[1]:
+        saved = bcq.read_checkpoint(found[0] / "last.pth")
+    return found[0], saved
+
+
+def same_start(args, run):
+    """The state of a training, at its first step or a resumed one, as the first process has it."""
+    for tensor in tree_leaves([run["params"], run["buffers"], run["opt_state"]]) if args.world > 1 else []:
+        dist.broadcast(tensor, 0)
+    return run
 
 
 def resumed_args(args, saved):
     """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
     config = saved["config"]
     own = {**config, **saved["source"], "paper": config["preset"] == "paper"}
-    own = {k: v for k, v in own.items() if k not in ("data_dir", "threads", "device")}
+    own = {k: v for k, v in own.items() if k not in ("data_dir", "threads", "device", "world", "compile")}
     for key in args.given.keys() & own.keys():
         if args.given[key] not in (own[key], config.get(key)) and str(Path(
                 str(args.given[key])).resolve()) != own[key]:
             raise ValueError(f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {own[key]}")
     own = {k: config[k] for k in ("mode", "classes", "dtype")}
-    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads", "device")
-                                      if k in args.given}}
+    source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads", "device", "compile")
+                                    if k in args.given}}
+    if source.pop("world", 1) != args.world and "threads" not in args.given:
+        source["threads"] = None   # those of a process, when there were others
     return argparse.Namespace(**{**vars(args), **own, **source})
 
 
@@ -1040,11 +1060,15 @@ def where(job):
     return {"dataset": job.dataset["name"] if built_in else str(Path(job.args.dataset).resolve()),
             "data_dir": str(Path(job.args.data_dir).resolve()), "threads": torch.get_num_threads(),
             "init": job.args.init and str(Path(job.args.init).resolve()),
-            "teacher": job.args.teacher and str(Path(job.args.teacher).resolve()), "device": str(job.device)}
+            "teacher": job.args.teacher and str(Path(job.args.teacher).resolve()),
+            "device": job.device.type if job.args.world > 1 else str(job.device), "world": job.args.world,
+            "compile": job.args.compile}
 
 
 def prepare_job(args, saved):
     """All that a training needs and does not change: the data, the network, the step, the schedule."""
+    if args.compile and args.world > 1:
+        raise ValueError("--compile is for one process: the collectives of several break the graph")
     device, dtype = choose_device(args)
     data = one_first(args, lambda: load_data(args.dataset, args.data_dir, args.classes))
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
@@ -1145,6 +1169,8 @@ def choose_bits(job):
             raise ValueError(f"--mode xnor: the input of {blind[0]} is never negative (after a ReLU?), so "
                              "its sign says nothing: take an activation such as hardtanh")
     if job.masks:
+        if config["real_epochs"]:
+            raise ValueError(f"{job.args.init}: is pruned; give --real-epochs 0, to keep its zeros")
         if job.masks.keys() != set(names):
             raise ValueError(f"{job.args.init}: its zeros are in other layers than --mode {config['mode']}'s")
         job.bits = {n: max(2, b) for n, b in job.bits.items()}
@@ -1177,7 +1203,7 @@ def train(args):
         print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with")
         return expect(args, done)
     job = prepare_job(args, saved)
-    run = bcq.to_device(saved["state"], job.device) if saved else fresh(job)
+    run = same_start(args, bcq.to_device(saved["state"], job.device) if saved else fresh(job))
     describe(job, run)
     folder.mkdir(parents=True, exist_ok=True)
     keep = partial(save, folder / "last.pth", job, source=where(job))
@@ -1363,7 +1389,6 @@ def report(path, job, run):
     from matplotlib import pyplot as plt
 
     history, names, config = run["history"], job.names, job.config
-    epochs = [line["epoch"] for line in history]
     figure, ((loss, accuracy), (histogram, signs)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     curves = {
         loss: {"train_loss": "training", "val_loss": "validation"}, accuracy: {
@@ -1373,8 +1398,9 @@ def report(path, job, run):
     }
     for axes, lines in curves.items():
         for key, label in lines.items():
-            if key in history[0]:
-                axes.plot(epochs, [line[key] for line in history], marker=".", label=label)
+            points = [(line["epoch"], line[key]) for line in history if key in line]
+            if points:
+                axes.plot(*zip(*points), marker=".", label=label)
         axes.set_xlabel("epoch")
         if axes.lines:
             axes.legend()
@@ -1771,6 +1797,8 @@ FLAGS = {
     "--width": dict(type=number(float, 0.01),
                     help="factor on the channels; for wrn the widening (default: the model's)"),
     "--epochs": dict(type=number(int, 1), help="default: the preset's"),
+    "--real-epochs": dict(type=number(int, 0),
+                          help="first so many epochs with real weights (default: the preset's)"),
     "--batch-size": dict(type=number(int, 1), help="default: the preset's"),
     "--lr": dict(type=number(float, 0), help="peak learning rate (default: the preset's)"),
     "--optimizer": dict(choices=OPTIMIZERS, help="default: the preset's"),
@@ -1785,7 +1813,7 @@ FLAGS = {
     "--val": dict(type=number(int, 0),
                   help="training images held out for validation (default: 5000, or a tenth if that is less)"),
     "--device": dict(help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"),
-    "--threads": dict(type=number(int, 1, 1024), help="CPU threads (default: torch's choice)"),
+    "--threads": dict(type=number(int, 1, 1024), help="CPU threads (default: the cores that there are)"),
     "--out": dict(help="folder of the run (default: a new one, runs/MODE-MODEL-N)"),
     "--resume": dict(nargs="?", const=True, help="go on with the run in this folder (or in --out)"),
     "--checkpoint": dict(help="file to convert, evaluate or predict with"),
@@ -1843,8 +1871,6 @@ def parse_arguments(argv):
         open(args.record, "a").close()
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
-    if args.compile and args.world > 1:
-        raise ValueError("--compile is for one process: the collectives of several break the graph")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(
             f"--dtype {args.dtype} is for --mode ptq: latent weights in so few bits would lose small updates")

@@ -176,11 +176,11 @@ def time_to_accuracy(records):
 def scaling(records):
     """The tables of several processes and of what is no training, as Markdown; empty without records."""
     rows = [r for r in records if r["kind"] == "scaling"]
-    lines = ["", "| processes, of one thread each | images/s | times as fast | test accuracy, % |",
-             "|---|---|---|---|"]
+    lines = ["", "| processes | threads of each | images/s | times as fast | test accuracy, % |",
+             "|---|---|---|---|---|"]
     for r in rows:
-        lines.append(f"| {r['processes']} | {r['images_per_second']:,.0f} | {r['speedup']:.2f} | "
-                     f"{100 * r['test_accuracy']:.2f} |")
+        lines.append(f"| {r['processes']} | {r['threads']} | {r['images_per_second']:,.0f} | "
+                     f"{r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
     data = [r for r in records if r["kind"] == "data"]
     also = ["", "| beside the training | ms | images/s |", "|---|---|---|"]
     for r in data:
@@ -195,7 +195,7 @@ def scaling(records):
 def time_figure(records):
     """Accuracy against the time of training: a dot for each method, bars for the spread over seeds."""
     trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
-               and (r["model"], r["width"]) == ("fast", 1)]
+               and (r["model"], r["width"], r["device"], r["threads"]) == ("fast", 1, "cpu", 2)]
     quick = [r for r in records if r["kind"] == "time-to-accuracy"]
     bits = lambda r: f" W{r['w_bits']}A{r['a_bits']}" if r["mode"] == "lsq" else ""
     groups = {}
@@ -205,10 +205,11 @@ def time_figure(records):
         groups.setdefault(f"{r['method']}, {r['epochs']} epochs", []).append((r, r["seconds"]))
     _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, rows in groups.items():
+        rows = list({r["seed"]: (r, seconds) for r, seconds in rows}.values())   # the last of each seed
         accuracies = [100 * r["test_accuracy"] for r, _ in rows]
         minutes, mean = statistics.fmean(s for _, s in rows) / 60, statistics.fmean(accuracies)
         axes.errorbar(minutes, mean, statistics.stdev(accuracies) if len(rows) > 1 else 0, fmt="o",
-                      capsize=3, color="C0" if name.startswith("bc") else "C1")
+                      capsize=3, color="C0" if name.startswith("bc,") else "C1")
         axes.annotate(name, (minutes, mean), textcoords="offset points", xytext=(6, 4), fontsize=9)
     axes.axhline(100 * PAPER, color="gray", linestyle="--")
     axes.annotate("BinaryConnect as published, 90.10", (1, 100 * PAPER), xycoords=("axes fraction", "data"),

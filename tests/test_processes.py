@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,12 +52,19 @@ def test_two_processes_train_the_network_that_one_trains_within_a_millionth_afte
     assert max((one[k] - start[k]).abs().max().item() for k in one) > 1e-3   # the step did move them
 
 
-def test_the_statistics_of_batch_norm_are_those_of_all_the_images(one_and_two):
-    one, two = (bcq.read_checkpoint(folder / "model.pth")["net"] for folder in one_and_two[:2])
-    statistics = [k for k in one if "running" in k]
-    assert statistics
-    for key in statistics:
-        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-4)
+def test_batch_norm_is_recalibrated_on_shares_as_on_the_whole(monkeypatch):
+    args = run.parse_arguments([*TINY, "--subset", "200"])
+    job = run.prepare_job(args, None)
+    state, sent = run.fresh(job), []
+    whole = run.recalibrated(job, state)
+    args.world = 2
+    for args.rank, all_reduce in ((1, lambda t: sent.append(t.clone())), (0, lambda t: t.add_(sent.pop(0)))):
+        monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
+        found = run.recalibrated(job, state)
+    assert not sent and found.keys() == whole.keys()
+    for key, b in whole.items():
+        torch.testing.assert_close(found[key], b, rtol=1e-5, atol=1e-5)
+        assert not b.is_floating_point() or not torch.equal(b, state["buffers"][key])
 
 
 def test_one_process_prints_and_writes(one_and_two):
@@ -109,19 +117,22 @@ def running(folder):
         process.kill()
 
 
+def finished(folder):
+    return len((folder / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes by pgrep")
 def test_a_run_whose_process_died_says_so_and_goes_on_from_its_checkpoint(tmp_path):
-    metrics = tmp_path / "run" / "metrics.jsonl"
     with running(tmp_path / "run") as process:
         workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
         os.kill(int(workers.split()[-1]), signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process of this run ended" in err and "--resume" in err
-    done = len(metrics.read_text().splitlines())
-    assert 0 < done < 12
+    assert 0 < finished(tmp_path / "run") < 12
     result = torchrun(2, "--resume", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    assert len(metrics.read_text().splitlines()) == 12
+    assert finished(tmp_path / "run") == 12
 
 
 def test_a_signal_stops_all_processes_at_the_same_step_and_the_run_goes_on(tmp_path):
@@ -131,6 +142,8 @@ def test_a_signal_stops_all_processes_at_the_same_step_and_the_run_goes_on(tmp_p
     assert "stopped, saved; go on with" in err
     state = bcq.read_checkpoint(tmp_path / "run" / "last.pth")["state"]
     assert 0 < state["epoch"] < 12 and len(state["losses"]) == state["step"]
+    assert call("--resume", tmp_path / "run").returncode == 0   # one process goes on where two stopped
+    assert finished(tmp_path / "run") == 12
 
 
 def test_a_sweep_spreads_its_cells_over_the_processes(tmp_path):
@@ -173,3 +186,35 @@ def test_synchronized_batch_norm_of_one_process_is_batch_norm(monkeypatch, small
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for key in own:
             torch.testing.assert_close(after[key], own[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean, std", [(37.3, 0.0), (133.3, 0.0), (2000.0, 1.0), (0.0, 1e-3)])
+def test_the_statistics_of_two_shares_are_those_of_the_whole_even_of_a_dead_channel(monkeypatch, mean, std):
+    norm = torch.nn.BatchNorm1d(2)
+    whole = mean + std * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    params, buffers = bcq.split(norm)
+    named = {f"0.{k}": w for k, w in params.items()}, {f"0.{k}": b for k, b in buffers.items()}
+    model = torch.nn.Sequential(norm)
+    moments = []
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed.nn, "all_reduce", lambda t: moments.append(t) or 2 * t)
+    for part in (whole[:32], whole[32:]):
+        run.synchronized(model, bcq.apply)(model, *named, part, train=True)
+    monkeypatch.setattr(torch.distributed.nn, "all_reduce", lambda t: sum(moments))
+    found, after = run.synchronized(model, bcq.apply)(model, *named, whole[:32], train=True)
+    double = [bcq.to_dtype(tensors, torch.double) for tensors in named]
+    expected, own = bcq.apply(model, *double, whole.double(), train=True)
+    torch.testing.assert_close(found.double(), expected[:32], rtol=1e-3, atol=1e-3)
+    for key in ("0.running_mean", "0.running_var"):
+        torch.testing.assert_close(after[key].double(), own[key], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_begins_with_the_weights_of_the_first_process(monkeypatch):
+    sent = []
+    monkeypatch.setattr(run.dist, "broadcast", lambda t, source: sent.append((t.shape, source)))
+    state = {"params": {"a": torch.zeros(2)}, "buffers": {"b": torch.zeros(3)},
+             "opt_state": [{"a": torch.zeros(2)}], "history": []}
+    run.same_start(SimpleNamespace(world=1), state)
+    assert not sent
+    run.same_start(SimpleNamespace(world=2), state)
+    assert sent == [((2,), 0), ((3,), 0), ((2,), 0)]

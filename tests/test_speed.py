@@ -1,13 +1,12 @@
 """What makes a training fast, and leaves its result as it is."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import batch, same
-from test_run import TINY, call
+from test_run import TINY, assert_one_clear_line, call
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -110,25 +109,12 @@ def test_a_frozen_parameter_that_is_not_there_is_an_error(small):
         step(params, buffers, init(params), batch(0), 0.1)
 
 
-def test_shrunk_images_are_means_of_their_neighbourhood():
-    flat = torch.full((2, 3, 32, 32), 0.7)
-    assert torch.allclose(run.shrunk(flat, 20), torch.full((2, 3, 20, 20), 0.7))
-    ramp = torch.arange(32.0).expand(1, 3, 32, 32)
-    expected = (torch.arange(16) * 2 + 0.5)[2:-2].expand(1, 3, 16, 12)
-    assert torch.allclose(run.shrunk(ramp, 16)[..., 2:-2], expected, atol=1e-4)
-
-
-def test_the_first_epochs_see_images_of_the_sides_that_the_preset_names_and_the_rest_whole_ones(
-        tmp_path, monkeypatch):
-    seen, shrunk = [], run.shrunk
-    monkeypatch.setattr(run, "shrunk", lambda x, side: seen.append(side) or shrunk(x, side))
-    monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "sides": [16, 24]})
-    result = call(*TINY, "--mode", "bc", "--epochs", 3, "--out", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    timed, steps, checked = 4, 300 // 50, 1   # for the estimate; of the epoch; after its last update
-    assert seen.count(16) == seen.count(24) == timed + steps + checked and len(set(seen)) == 2
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 3
+def test_a_short_run_keeps_epochs_for_its_low_bit_weights_and_none_left_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(run.PRESETS, "fast bc", {"real_epochs": 3})
+    config = lambda *words: run.prepare_job(run.parse_arguments([*TINY, *words]), None).config
+    assert [config("--epochs", str(n))["real_epochs"] for n in (1, 2, 5, 6, 9)] == [0, 1, 2, 3, 3]
+    assert_one_clear_line(call(*TINY, "--epochs", 3, "--real-epochs", 3, "--out", tmp_path / "run"),
+                          "--real-epochs 3", "none of 3 epochs is left")
 
 
 OPTIMIZERS = {
@@ -154,27 +140,51 @@ def test_the_whole_step_is_one_graph_and_is_never_compiled_again(small, name):
 
 
 def test_a_run_whose_step_is_compiled_trains_the_same_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "compiled", partial(run.compiled, backend="eager"))
+    counter, compiled = CompileCounter(), run.compiled
+    monkeypatch.setattr(run, "compiled", lambda step: compiled(step, backend=counter))
     words = [*TINY, "--optimizer", "sgd", "--epochs", 1]
-    losses = []
+    losses, graphs = [], []
     for more in ([], ["--compile"]):
         result = call(*words, *more, "--out", tmp_path / f"run{len(more)}")
         assert result.returncode == 0, result.stderr
+        graphs.append(counter.frame_count)
         losses.append(json.loads((tmp_path / f"run{len(more)}" / "metrics.jsonl").read_text())["train_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert graphs == [0, 1] and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_first_epochs_may_have_real_weights_and_then_train_as_fp32_does(monkeypatch):
-    monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "real_epochs": 1, "recalibrate": 0})
+    monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "recalibrate": 0})
+    monkeypatch.setitem(run.PRESETS, "fast bc", {"real_epochs": 1})
     jobs = [run.prepare_job(run.parse_arguments([*TINY, "--epochs", "2", "--mode", mode]), None)
             for mode in ("bc", "fp32")]
     first = [run.end_epoch(job, run.train_epoch(job, run.fresh(job), [])) for job in jobs]
     assert same(first[0]["params"], first[1]["params"])
-    assert first[0]["history"][0]["val_accuracy"] == first[1]["history"][0]["val_accuracy"]
+    lines = first[0]["history"][0], first[1]["history"][0]
+    assert lines[0]["val_accuracy_latent"] == lines[1]["val_accuracy"] and "val_accuracy" not in lines[0]
     job, state = jobs[0], first[0]
     last = run.end_epoch(job, run.train_epoch(job, state, []))
     assert not same(last["params"], run.train_epoch(jobs[1], first[1], [])["params"])
-    assert "val_accuracy_latent" in last["history"][1] and "val_accuracy_latent" not in last["history"][0]
     expected = bcq.evaluate(job.model, bcq.quantize_params(last["params"], job.names, bcq.binarize),
                             last["buffers"], run.batches(job.dataset, "val"))
     assert last["history"][1]["val_accuracy"] == expected["accuracy"]
+
+
+def test_a_model_that_casts_its_weights_itself_trains_with_pictures_side_by_side():
+    class Casting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight.to(x.dtype).clone(), padding=1).mean((2, 3))
+
+    model, x = Casting(), torch.randn(10, 3, 5, 5)
+    expected, found = (gradients(model, f, x, torch.arange(10) % 4) for f in (bcq.apply, run.side_by_side()))
+    assert all(torch.allclose(found[k], v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("words, part", [
+    (["--mode", "lsq", "--real-epochs", 1, "--epochs", 3], "not for --mode lsq"),
+    (["--mode", "bc", "--real-epochs", 1, "--epochs", 3, "--prune", 0.5], "nor with --prune")])
+def test_real_epochs_are_refused_where_more_than_weights_is_quantized(words, part, tmp_path):
+    assert_one_clear_line(call(*TINY, *words, "--out", tmp_path / "run"), part)

@@ -20,15 +20,20 @@ def main():
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--target", type=float, default=0.901)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--record")
+    parser.add_argument("--record", help="append the runs' own records, and one of the time for each")
+    parser.add_argument("--out", help="folder of the runs; finished ones are not run again (default: none)")
     args, flags = parser.parse_known_args()
-    rows = []
+    rows, gone = [], tempfile.TemporaryDirectory()
     for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            words = ["--mode", "bc", "--dataset", "cifar10", *flags, "--seed", seed]
-            finished(sys.executable, TOP / "run.py", *words, "--data-dir", args.data_dir, "--out",
-                     f"{folder}/run", "--record", f"{folder}/record.jsonl")
-            rows.append(json.loads(Path(folder, "record.jsonl").read_text()))
+        folder = Path(args.out or gone.name) / f"seed-{seed}"
+        own = folder / "record.jsonl"
+        words = ["--mode", "bc", "--dataset", "cifar10", *flags, "--seed", seed, "--data-dir", args.data_dir]
+        if not own.exists() or not own.read_text():
+            finished(sys.executable, TOP / "run.py", *words, "--out", folder, "--resume", "--record", own)
+        rows.append(json.loads(own.read_text()))
+        if args.record:
+            with open(args.record, "a") as file:
+                file.write(own.read_text())
         row = rows[-1]
         print(f"seed {seed}: {row['test_accuracy']:.4f} after {row['train_seconds']:.0f} s", flush=True)
         record(args.record, "time-to-accuracy", " ".join(map(str, (

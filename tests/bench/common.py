@@ -27,7 +27,7 @@ def record(path, kind, command, device="cpu", **fields):
 
 def finished(*words):
     """What a command printed. Raises CalledProcessError, after showing its complaint, where it failed."""
-    result = subprocess.run([*map(str, words)], capture_output=True, text=True, cwd=TOP)
+    result = subprocess.run([*map(str, words)], capture_output=True, text=True)
     if result.returncode:
         print(result.stderr, file=sys.stderr)
     result.check_returncode()

@@ -28,7 +28,7 @@ def main():
     parser.add_argument("--record")
     args = parser.parse_args()
     run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None, world=1))
-    words = ["--dataset", "shapes", "--batch-size", str(args.batch)]
+    words = ["--dataset", "shapes", "--device", "cpu", "--batch-size", str(args.batch)]
     job = run.prepare_job(run.parse_arguments(words), None)
     images, rows = run.make_images(job), slice(0, args.batch)
     weights, state = run.fresh(job)["params"], run.fresh(job)["opt_state"]

@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record")
     args, flags = parser.parse_known_args()
-    flags = flags or ["--subset", "10000", "--epochs", "2"]
+    flags = flags or ["--subset", "10000", "--epochs", "2", "--val", "0"]
     first = None
     for count in args.processes:
         with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +35,8 @@ def main():
         print(f"{count} processes of {args.threads} threads: {speed:,.0f} images/s, {speed / first:.2f} "
               f"times; accuracy {row['test_accuracy']:.4f}", flush=True)
         record(args.record, "scaling", " ".join(map(str, (
-            "python tests/bench/scaling.py --data-dir DATA --threads", args.threads, *flags))), row["device"],
+            "python tests/bench/scaling.py --data-dir DATA --processes", *args.processes, "--threads",
+            args.threads, *flags))), row["device"],
             processes=count, images_per_second=speed, speedup=speed / first, threads=args.threads,
             **{k: row[k] for k in ("test_accuracy", "model", "epochs", "batch", "train_images", "dtype")})
 

@@ -97,6 +97,8 @@ def main():
     parser.add_argument("--record")
     parser.add_argument("--measure", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if "plain" not in args.methods:
+        parser.error("--methods: plain is what the others are compared with")
     if args.measure:
         return measure(args.measure, args.model, args.batch)
     words = [sys.executable, __file__, "--model", args.model, "--batch", args.batch, "--measure"]
