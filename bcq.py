@@ -24,7 +24,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
-
 # ---- 1. Quantizers: tensor -> tensor of the same shape and dtype ----
 def _no_nan(w):
     """w itself. Raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through as one."""
@@ -235,14 +234,15 @@ def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
 def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam. Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1."""
     def init(params):
-        zeros = lambda: {k: torch.zeros_like(p) for k, p in params.items()}
-        return {"step": torch.zeros((), dtype=torch.float64), "mean": zeros(), "square": zeros()}
+        mean, square = ({k: torch.zeros_like(p) for k, p in params.items()} for _ in range(2))
+        return {"step": torch.zeros((), dtype=torch.float64), "mean": mean, "square": square}
     def update(grads, state, params, lr):
         step = state["step"] + 1
         mean = {k: beta1 * state["mean"][k] + (1 - beta1) * g for k, g in grads.items()}
         square = {k: beta2 * state["square"][k] + (1 - beta2) * g * g for k, g in grads.items()}
         rate, correction = lr / (1 - beta1 ** step), 1 - beta2 ** step
-        deltas = {k: -rate * mean[k] / ((square[k] / correction).sqrt() + eps) for k in grads}
+        delta = lambda k: -rate * mean[k] / ((square[k] / correction).sqrt() + eps)
+        deltas = {k: delta(k).to(g.dtype) for k, g in grads.items()}
         return deltas, {"step": step, "mean": mean, "square": square}
     return init, update
 

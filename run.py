@@ -438,9 +438,9 @@ def cores():
 
 def choose_device(args):
     """The device and the training dtype, 'bf16' or 'fp32', that the flags or the machine ask for."""
-    together = os.environ.get("LOCAL_WORLD_SIZE")   # torchrun starts each of so many with one thread
-    torch.set_num_threads(args.threads or (max(1, cores() // int(together)) if together else
-                                           min(torch.get_num_threads(), cores())))
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # torchrun starts each of so many with one thread
+    own = max(1, cores() // (together if args.mode in (*MODES, "sweep") else 1))
+    torch.set_num_threads(args.threads or (own if together > 1 else min(torch.get_num_threads(), own)))
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
@@ -477,7 +477,7 @@ def processes(args):
     if args.world == 1:
         yield
         return
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.device != "cpu":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))   # what "cuda" means in this process
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=168 if args.mode == "sweep" else 1))
@@ -535,7 +535,7 @@ def synchronized(model, forward):
     """
     norms = {k: m for k, m in model.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)}
     if plain := [k for k, m in norms.items() if not m.affine]:
-        raise ValueError(f"{plain[0]}: a batch norm without weights cannot be shared by processes")
+        raise ValueError(f"{plain[0]}: a batch norm with affine=False takes one process")
 
     def normalize(own, norm, x, mean, var, weight, bias, training, momentum, eps):
         if not training:
@@ -552,7 +552,8 @@ def synchronized(model, forward):
                 if t is not None:
                     t.copy_((1 - momentum) * t + momentum * new)
         scale = own * (spread + eps).rsqrt().float()
-        return (x * vector(scale) + vector(bias - first.float() * scale)).to(x.dtype)
+        shift = (0 if bias is None else bias) - first.float() * scale
+        return (x * vector(scale) + vector(shift)).to(x.dtype)
 
     def together(model, params, buffers, x, train=False):
         own = {f"{k}.weight": params[f"{k}.weight"] for k in norms if f"{k}.weight" in params}   # tied: once
@@ -674,10 +675,9 @@ def configure(args, data):
         **settings
     }
     if "real_epochs" not in args.given:
-        config["real_epochs"] = min(config["real_epochs"], config["epochs"] // 2)
+        config["real_epochs"] = 0 if config["prune"] else min(config["real_epochs"], config["epochs"] // 2)
     elif config["real_epochs"] >= config["epochs"]:
-        raise ValueError(f"--real-epochs {config['real_epochs']}: none of {config['epochs']} epochs is left "
-                         "for low-bit weights")
+        raise ValueError(f"--real-epochs {config['real_epochs']}: none of {config['epochs']} epochs is left")
     if config["real_epochs"] and (args.mode in ("lsq", "xnor") or config["prune"]):
         raise ValueError(f"--real-epochs is for weights alone: not for --mode {args.mode} with quantized "
                          "inputs, nor with --prune; --init starts from a real network")
@@ -1041,7 +1041,8 @@ def resumed_args(args, saved):
     """The arguments of a run that is resumed: its own, where the flags given now do not contradict them."""
     config = saved["config"]
     own = {**config, **saved["source"], "paper": config["preset"] == "paper"}
-    own = {k: v for k, v in own.items() if k not in ("data_dir", "threads", "device", "world", "compile")}
+    of_machine = ("data_dir", "threads", "device", "world", "compile", "command")
+    own = {k: v for k, v in own.items() if k not in of_machine}
     for key in args.given.keys() & own.keys():
         if args.given[key] not in (own[key], config.get(key)) and str(Path(
                 str(args.given[key])).resolve()) != own[key]:
@@ -1062,7 +1063,7 @@ def where(job):
             "init": job.args.init and str(Path(job.args.init).resolve()),
             "teacher": job.args.teacher and str(Path(job.args.teacher).resolve()),
             "device": job.device.type if job.args.world > 1 else str(job.device), "world": job.args.world,
-            "compile": job.args.compile}
+            "compile": job.args.compile, "command": command_line(job.args)}
 
 
 def prepare_job(args, saved):
@@ -1148,7 +1149,9 @@ def choose_bits(job):
     names = bcq.quantizable(job.model, inner, inner)
     if not names:
         raise ValueError(f"--mode {config['mode']}: the model has no layer between its first and its last")
-    job.masks = bcq.prune(params, names, config["prune"]) if config["prune"] else job.masks
+    if config["prune"]:
+        own = bcq.prune(params, names, config["prune"])
+        job.masks = {n: mask & job.masks.get(n, mask) for n, mask in own.items()}   # zeros stay zeros
     job.names = names if config["mode"] != "fp32" or job.masks else []
     job.bits, job.grids = dict.fromkeys(job.names, bits), {}
     images = prepare(job.dataset["train_x"][:512], job.dataset)
@@ -1169,8 +1172,9 @@ def choose_bits(job):
             raise ValueError(f"--mode xnor: the input of {blind[0]} is never negative (after a ReLU?), so "
                              "its sign says nothing: take an activation such as hardtanh")
     if job.masks:
-        if config["real_epochs"]:
-            raise ValueError(f"{job.args.init}: is pruned; give --real-epochs 0, to keep its zeros")
+        if "real_epochs" in job.args.given and config["real_epochs"]:
+            raise ValueError(f"{job.args.init}: is pruned, and real epochs would bring its zeros back")
+        config["real_epochs"] = 0
         if job.masks.keys() != set(names):
             raise ValueError(f"{job.args.init}: its zeros are in other layers than --mode {config['mode']}'s")
         job.bits = {n: max(2, b) for n, b in job.bits.items()}
@@ -1352,6 +1356,8 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
 
 def command_line(args):
     """The command with DATA in place of the folder of the data and no other folder of this machine."""
+    if "command" in args:   # of the run that is resumed
+        return args.command
     words = ["python run.py"]
     for key, value in args.given.items():
         if key in ("out", "record", "resume", "images"):
@@ -1650,7 +1656,9 @@ def run_cell(cell, words, places):
     unfinished.unlink(missing_ok=True)
     status = status or main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
                              str(unfinished), *places], alone=True)
-    if not status:
+    if status:
+        print(f"run.py: the cell {cell.name} failed", file=sys.stderr)
+    else:
         os.replace(unfinished, result)
     return status
 
@@ -1660,7 +1668,7 @@ def sweep(args):
     runs = cells(args.images or [])
     if runs == [{}]:
         raise ValueError("--mode sweep needs KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
-    left_out = ("mode", "images", "out", "record", "expect", "resume")
+    left_out = ("mode", "images", "out", "resume")
     flag = lambda k, v: [f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)])
     own = {k: flag(k, v) for k, v in args.given.items() if k not in left_out}
     flags = [word for words in own.values() for word in words]
@@ -1871,6 +1879,8 @@ def parse_arguments(argv):
         open(args.record, "a").close()
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
+    if args.mode in ("sweep", "predict") and {"expect", "record"} & given.keys():
+        raise ValueError(f"--expect and --record are not for --mode {args.mode}")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(
             f"--dtype {args.dtype} is for --mode ptq: latent weights in so few bits would lose small updates")

@@ -80,6 +80,8 @@ def times(records):
 def conditions(groups, records):
     """What the figures were measured with, from the records, in words."""
     shown = [r for group in groups.values() for r in group]
+    if not shown:
+        return []
     values = lambda key: ", ".join(sorted({str(r[key]) for r in shown}))
     images = f"{shown[0]['train_images']:,} training images, {shown[0]['val_images']:,} held out"
     trained = [r for r in records if r["kind"] == "train"]
@@ -257,16 +259,17 @@ def figure(groups):
 
 def main():
     """Rewrites the part of the README between the two marks, and the figure."""
-    records = [json.loads(line) for line in (HERE / "records.jsonl").read_text().splitlines()]
+    lines = (HERE / "records.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.strip()]
     groups = published(records)
-    figure(groups)
-    time_figure(records)
     readme = HERE.parent / "README.md"
     start, end = "<!-- results: made by python results/tables.py, do not edit -->", "<!-- end of results -->"
     before, rest = readme.read_text().split(start)
     _, after = rest.split(end)
     made = [*table(groups), "", *conditions(groups, records), *built_in(records), *best_scores(records),
             *inference(records), *time_to_accuracy(records), *steps(records), *scaling(records)]
+    figure(groups)
+    time_figure(records)
     readme.write_text("\n".join([before + start, "", *made, "", end]) + after)
 
 

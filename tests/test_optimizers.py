@@ -129,3 +129,12 @@ def test_the_exponential_schedule_goes_from_start_to_end_by_one_factor():
     lr = command_line.exponential_schedule(3e-3, 2e-6, 500)
     assert lr(0) == pytest.approx(3e-3) and lr(500) == pytest.approx(2e-6)
     assert lr(101) / lr(100) == pytest.approx(lr(401) / lr(400)) == pytest.approx((2e-6 / 3e-3)**(1 / 500))
+
+
+@pytest.mark.parametrize("optimizer", [bcq.sgd(0.9), bcq.adam(), bcq.scale_lr(bcq.adam(), 0.5)])
+def test_parameters_of_one_value_keep_their_dtype(optimizer):
+    init, update = optimizer
+    params = {"step": torch.tensor(0.1), "w": torch.ones(2)}
+    deltas, state = update({"step": torch.tensor(0.3), "w": torch.ones(2)}, init(params), params, 0.1)
+    deltas, _ = update({"step": torch.tensor(0.3), "w": torch.ones(2)}, state, params, torch.tensor(0.1))
+    assert {d.dtype for d in deltas.values()} == {torch.float32}

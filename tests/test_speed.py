@@ -185,6 +185,29 @@ def test_a_model_that_casts_its_weights_itself_trains_with_pictures_side_by_side
 
 @pytest.mark.parametrize("words, part", [
     (["--mode", "lsq", "--real-epochs", 1, "--epochs", 3], "not for --mode lsq"),
-    (["--mode", "bc", "--real-epochs", 1, "--epochs", 3, "--prune", 0.5], "nor with --prune")])
+    (["--mode", "bc", "--real-epochs", 1, "--epochs", 3, "--prune", 0.5], "nor with --prune"),
+    (["--mode", "sweep", "mode=bc", "--expect", 0.5], "not for --mode sweep")])
 def test_real_epochs_are_refused_where_more_than_weights_is_quantized(words, part, tmp_path):
     assert_one_clear_line(call(*TINY, *words, "--out", tmp_path / "run"), part)
+
+
+def test_a_pruned_run_has_no_real_epochs_unless_they_are_asked_for(tmp_path):
+    config = run.prepare_job(run.parse_arguments([*TINY, "--prune", "0.5"]), None).config
+    assert run.PRESETS["fast bc"]["real_epochs"] and config["real_epochs"] == 0
+    words = [*TINY, "--epochs", 1, "--prune", 0.5, "--out", tmp_path / "pruned"]
+    assert call(*words).returncode == 0
+    again = run.prepare_job(run.parse_arguments(
+        [*TINY, "--init", str(tmp_path / "pruned" / "model.pth"), "--prune", "0.3"]), None)
+    before = bcq.read_checkpoint(tmp_path / "pruned" / "model.pth")["masks"]
+    assert again.config["real_epochs"] == 0
+    assert all(not (again.masks[k] & ~mask).any() for k, mask in before.items())   # zeros stay zeros
+
+
+def test_a_resumed_run_records_the_command_that_began_it(tmp_path):
+    words = [*TINY, "--epochs", 1, "--out", tmp_path / "run"]
+    assert call(*words).returncode == 0
+    (tmp_path / "run" / "model.pth").unlink()
+    result = call("--resume", tmp_path / "run", "--record", tmp_path / "records.jsonl")
+    assert result.returncode == 0, result.stderr
+    command = json.loads((tmp_path / "records.jsonl").read_text())["command"]
+    assert "--dataset shapes" in command and "--width 0.125" in command and "--resume" not in command

@@ -1,4 +1,5 @@
 """What the benchmarks share."""
+import argparse
 import json
 import subprocess
 import sys
@@ -14,21 +15,26 @@ import models  # noqa: E402, F401
 import run  # noqa: E402
 
 
-def record(path, kind, command, device="cpu", **fields):
-    """Appends a line with the figures, the machine, the versions and the commit; nothing without a path."""
-    if path:
+def machine(device):
+    """The device and the training dtype of a benchmark, after run.py's settings for them."""
+    return run.choose_device(argparse.Namespace(device=device, threads=None, dtype=None, mode="benchmark"))
+
+
+def record(file, kind, command, device="cpu", **fields):
+    """Writes a line with the figures, the machine, the versions and the commit; nothing without a file."""
+    if file:
         line = {"kind": kind, **fields, "device": torch.device(device).type,
                 "device_name": run.device_name(torch.device(device)), "torch": torch.__version__,
                 "commit": run.commit(), "command": command, "date": date.today().isoformat()}
         line.setdefault("threads", torch.get_num_threads())
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line) + "\n")
+        file.flush()
 
 
 def finished(*words):
-    """What a command printed. Raises CalledProcessError, after showing its complaint, where it failed."""
+    """What a command printed. Where it failed this ends too, with its status, after showing what it said."""
     result = subprocess.run([*map(str, words)], capture_output=True, text=True)
     if result.returncode:
-        print(result.stderr, file=sys.stderr)
-    result.check_returncode()
+        print(result.stderr.strip(), file=sys.stderr)
+        sys.exit(result.returncode)
     return result.stdout

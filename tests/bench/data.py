@@ -22,12 +22,11 @@ def median_seconds(call, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--record")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--batch", type=run.number(int, 1), default=500)
+    parser.add_argument("--rounds", type=run.number(int, 1), default=11)
+    parser.add_argument("--record", type=argparse.FileType("a"))
     args = parser.parse_args()
-    run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None, world=1))
     words = ["--dataset", "shapes", "--device", "cpu", "--batch-size", str(args.batch)]
     job = run.prepare_job(run.parse_arguments(words), None)
     images, rows = run.make_images(job), slice(0, args.batch)
@@ -43,8 +42,8 @@ def main():
     for what, value in seconds.items():
         rate = {"images_per_second": args.batch / value} if "batch" in what else {}
         print(f"{what:26} {1e3 * value:9.1f} ms", *(f"{r:,.0f} images/s" for r in rate.values()))
-        record(args.record, "data", "python tests/bench/data.py", method=what, seconds=value,
-               batch=args.batch, model=job.config["model"], **rate)
+        record(args.record, "data", f"python tests/bench/data.py --batch {args.batch}", method=what,
+               seconds=value, batch=args.batch, model=job.config["model"], **rate)
 
 
 if __name__ == "__main__":

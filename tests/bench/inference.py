@@ -12,7 +12,7 @@ import time
 from functools import partial
 
 import torch
-from common import bcq, models, record, run
+from common import bcq, machine, models, record, run
 
 
 def versions(model, x):
@@ -56,14 +56,14 @@ def measure(calls, rounds, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="resnet18", choices=models.MODELS)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--batch", type=run.number(int, 1), default=64)
+    parser.add_argument("--rounds", type=run.number(int, 1), default=11)
     parser.add_argument("--device")
-    parser.add_argument("--record")
+    parser.add_argument("--record", type=argparse.FileType("a"))
     args = parser.parse_args()
-    device, _ = run.choose_device(argparse.Namespace(device=args.device, threads=None, dtype=None, world=1))
+    device, _ = machine(args.device)
     torch.manual_seed(0)
     model = models.MODELS[args.model]().to(device)
     x = torch.randn(args.batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)

@@ -11,15 +11,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import TOP, finished, record
+from common import TOP, finished, record, run
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--record")
+    parser.add_argument("--processes", type=run.number(int, 1), nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=run.number(int, 1), default=1)
+    parser.add_argument("--record", type=argparse.FileType("a"))
     args, flags = parser.parse_known_args()
     flags = flags or ["--subset", "10000", "--epochs", "2", "--val", "0"]
     first = None

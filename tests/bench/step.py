@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import bcq, finished, models, record, run
+from common import bcq, finished, machine, models, record, run
 
 METHODS = ("plain", "lab", "functional", "side-by-side", "plain-compiled", "functional-compiled")
 
@@ -70,7 +70,7 @@ def module_loop(model, bf16, method):
 
 def measure(method, name, batch):
     """Prints the median seconds and the peak bytes of a step."""
-    device, dtype = run.choose_device(argparse.Namespace(device="cpu", threads=None, dtype=None, world=1))
+    _, dtype = machine("cpu")
     torch.manual_seed(0)
     model = models.MODELS[name]().train()
     bf16 = dtype == "bf16"
@@ -89,12 +89,12 @@ def measure(method, name, batch):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="fast", choices=models.MODELS)
-    parser.add_argument("--batch", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=run.number(int, 1), default=500)
+    parser.add_argument("--rounds", type=run.number(int, 1), default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:4])
-    parser.add_argument("--record")
+    parser.add_argument("--record", type=argparse.FileType("a"))
     parser.add_argument("--measure", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "plain" not in args.methods:
