@@ -142,7 +142,7 @@ def inference(records):
 
 def steps(records):
     """The table of the time and memory of a training step, as Markdown; empty without records."""
-    rows = [r for r in records if r["kind"] == "step"]
+    rows = latest(records, "step", "model", "batch", "method")
     if not rows:
         return []
     lines = ["", "| a training step | batch | s | over plain | peak memory, MB | over plain |",
@@ -156,6 +156,11 @@ def steps(records):
             "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes on a "
             f"CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its own "
             f"process. {machine(rows)} Commands:", "", *commands(rows)]
+
+
+def latest(records, kind, *keys):
+    """The records of a kind, the last one of each that have the same keys."""
+    return list({tuple(r[k] for k in keys): r for r in records if r["kind"] == kind}.values())
 
 
 def machine(rows):
@@ -173,7 +178,7 @@ def commands(rows):
 
 def time_to_accuracy(records):
     """The table of training times that reach a target, as Markdown; empty without records."""
-    rows = [r for r in records if r["kind"] == "time-to-accuracy"]
+    rows = latest(records, "time-to-accuracy", "command", "seed")
     lines = ["", "| time to accuracy | epochs | seeds | training, s | test accuracy, % | target, % |",
              "|---|---|---|---|---|---|"]
     for command in commands(rows):
@@ -190,13 +195,13 @@ def time_to_accuracy(records):
 
 def scaling(records):
     """The tables of several processes and of what is no training, as Markdown; empty without records."""
-    rows = [r for r in records if r["kind"] == "scaling"]
+    rows = latest(records, "scaling", "processes", "threads")
     lines = ["", "| processes | threads of each | images/s | times as fast | test accuracy, % |",
              "|---|---|---|---|---|"]
     for r in rows:
         lines.append(f"| {r['processes']} | {r['threads']} | {r['images_per_second']:,.0f} | "
                      f"{r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
-    data = [r for r in records if r["kind"] == "data"]
+    data = latest(records, "data", "method")
     also = ["", "| beside the training | ms | images/s |", "|---|---|---|"]
     for r in data:
         rate = f"{r['images_per_second']:,.0f}" if "images_per_second" in r else ""
