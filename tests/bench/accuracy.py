@@ -45,7 +45,7 @@ def main():
             "python tests/bench/accuracy.py --data-dir DATA --target", args.target, *flags))),
             row["device"], target=args.target, seconds=row["train_seconds"], seed=seed, method=row["mode"],
             **{k: row[k] for k in ("test_accuracy", "dataset", "model", "width", "epochs", "batch",
-                                   "train_images", "real_layers", "dtype", "threads")})
+                                   "train_images", "real_layers", "dtype", "threads", "commit", "date")})
     accuracies, seconds = ([row[k] for row in rows] for k in ("test_accuracy", "train_seconds"))
     spread = lambda values: statistics.stdev(values) if len(values) > 1 else 0.0
     mean = statistics.fmean(accuracies)

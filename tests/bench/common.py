@@ -23,10 +23,10 @@ def machine(device):
 def record(file, kind, command, device="cpu", **fields):
     """Writes a line with the figures, the machine, the versions and the commit; nothing without a file."""
     if file:
-        line = {"kind": kind, **fields, "device": torch.device(device).type,
+        line = {"kind": kind, "device": torch.device(device).type,
                 "device_name": run.device_name(torch.device(device)), "torch": torch.__version__,
-                "commit": run.commit(), "command": command, "date": date.today().isoformat()}
-        line.setdefault("threads", torch.get_num_threads())
+                "threads": torch.get_num_threads(), "commit": run.commit(), "command": command,
+                "date": date.today().isoformat(), **fields}
         file.write(json.dumps(line) + "\n")
         file.flush()
 
