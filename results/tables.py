@@ -248,8 +248,9 @@ def figure(groups):
         error = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
         axes.errorbar(size, mean, error, fmt="o", color="C0" if records[0]["w_bits"] < 3 else "C1", capsize=3)
         left = name.startswith(("ternary", "int8, converted, dynamic", "**bc", "bc, no"))
-        up = {"lsq W4A4, from fp32": -14, "int8, converted, dynamic": 4, "**bc**": -7}.get(name, -3)
-        axes.annotate(name.strip("*").replace(", converted", "").replace(", deployed as sign(w)", ""),
+        up = {"lsq W4A4, from fp32": -12, "int8, converted, dynamic": 4, "**bc**": -14}.get(name, -3)
+        short = name.strip("*").replace(", converted", "").replace(", deployed as sign(w)", "")
+        axes.annotate(short.replace(", from fp32", ""),
                       (size, mean), textcoords="offset points", xytext=(-7, up) if left else (7, up),
                       ha="right" if left else "left", fontsize=9)
     axes.axhline(100 * PAPER, color="gray", linestyle="--")
