@@ -246,11 +246,11 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
         return deltas, {"step": step, "mean": mean, "square": square}
     return init, update
 
-def orthogonalize(g, steps=5):
+def orthogonalize(g, steps=5, dtype=torch.bfloat16):
     """g with its singular vectors kept and its singular values, but for tiny ones, brought near 1.
     g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype. Computed in
-    bfloat16 by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon"."""
-    x = g.flatten(1).bfloat16()
+    the dtype given by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon"."""
+    x = g.flatten(1).to(dtype)
     wide = x if x.shape[0] <= x.shape[1] else x.T
     x = wide / wide.norm().clamp(min=1e-7)
     for _ in range(steps):
@@ -258,8 +258,8 @@ def orthogonalize(g, steps=5):
         x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x if wide.shape == g.flatten(1).shape else x.T).reshape(g.shape).to(g.dtype)
 
-def muon(momentum=0.95, nesterov=True, steps=5):
-    """Muon: momentum whose matrix is orthogonalized; convolutions as out x (in * k * k).
+def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
+    """Muon: momentum whose matrix is orthogonalized, in dtype; convolutions as out x (in * k * k).
     Rectangular matrices are scaled by sqrt(max(1, rows / columns)). init raises ValueError for a tensor of
     fewer than two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024."""
     def init(params):
@@ -270,7 +270,7 @@ def muon(momentum=0.95, nesterov=True, steps=5):
         state = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()}
         ahead = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()} if nesterov else state
         scale = {k: max(1, d.shape[0] / d[0].numel()) ** 0.5 for k, d in ahead.items()}
-        return {k: -lr * scale[k] * orthogonalize(d, steps) for k, d in ahead.items()}, state
+        return {k: -lr * scale[k] * orthogonalize(d, steps, dtype) for k, d in ahead.items()}, state
     return init, update
 
 def by_name(names, optimizer, rest):

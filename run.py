@@ -98,13 +98,14 @@ def preset(mode, model, paper=False, **flags):
 
 def optimizer(settings, params, names):
     """The pair (init, update) that the settings name; names: the weights that the method quantizes."""
+    dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
     matrices = [k for k, p in params.items() if p.ndim > 1 and k not in settings["frozen"]]
     build = {
         "sgd": lambda: bcq.sgd(settings["momentum"], nesterov=True, weight_decay=settings["weight_decay"]),
         "adam": bcq.adam,
         "adam-glorot": lambda: bcq.scale_lr(bcq.adam(), bcq.glorot_scale(params, names)),
         "muon": lambda: bcq.by_name(
-            matrices, bcq.muon(settings["momentum"]),
+            matrices, bcq.muon(settings["momentum"], dtype=dtype),
             bcq.scale_lr(bcq.sgd(settings["rest_momentum"], nesterov=True), settings["rest_lr"])),
     }
     pair = build[settings["optimizer"]]()

@@ -73,6 +73,30 @@ def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_singular_values
     assert (core - core.diagonal().diag()).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("dtype, error",
+                         [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_orthogonalize_maps_each_singular_value_by_the_quintic_in_the_dtype_given(dtype, error):
+    g = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    found = bcq.orthogonalize(g, 5, dtype)
+    assert found.dtype == torch.float64
+    assert (found - u @ s.diag() @ v).abs().max() < error
+
+
+@pytest.mark.parametrize("words, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_muon_computes_in_the_dtype_of_the_training(words, dtype):
+    params = {"w": torch.randn(6, 9, generator=torch.Generator().manual_seed(0))}
+    settings = {**command_line.preset("fp32", "fast")[1], "dtype": words}
+    deltas = {}
+    for name, (init, update) in (("its own", command_line.optimizer(settings, params, [])),
+                                 ("expected", bcq.muon(settings["momentum"], dtype=dtype))):
+        deltas[name], _ = update(params, init(params), params, 0.1)
+    assert torch.equal(deltas["its own"]["w"], deltas["expected"]["w"])
+
+
 def test_muon_refuses_vectors_and_by_name_sends_them_elsewhere():
     params = {"w": torch.randn(4, 4), "bias": torch.randn(4)}
     with pytest.raises(ValueError, match="bias"):
