@@ -26,9 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
-import torchvision
 from einops import rearrange
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
@@ -167,6 +165,8 @@ def load_shapes():
 
 def load_torchvision(name, root):
     """CIFAR-10 or -100 through torchvision, downloaded where absent. Raises OSError if it cannot be had."""
+    import torchvision   # as slow to import as torch
+
     build = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
@@ -541,20 +541,35 @@ def synchronized(model, forward):
     def normalize(own, norm, x, mean, var, weight, bias, training, momentum, eps):
         if not training:
             return norm(x, mean, var, own, bias, False, momentum, eps)
-        vector = lambda t: t.view(-1, *[1] * (x.ndim - 2))
-        own_var, own_mean = torch.var_mean(x.float(), [d for d in range(x.ndim) if d != 1], correction=0)
-        own_var, own_mean = own_var.double(), own_mean.double()   # so that the squares do not cancel
-        moments = torch.stack([own_mean, own_var + own_mean.square()])
-        first, second = dist.nn.all_reduce(moments) / dist.get_world_size()
-        spread = (second - first.square()).clamp(min=0)
-        count = x.numel() / len(own_mean) * dist.get_world_size()
-        with torch.no_grad():   # buffers of this call, as apply gives them: batch norm writes into them
-            for t, new in ((mean, first), (var, spread * count / (count - 1))):
-                if t is not None:
+        share = x.numel() // len(own)
+        whole = share * dist.get_world_size()
+        with torch.no_grad():
+            first, second = torch.zeros_like(own), torch.zeros_like(own)
+            norm(x, first, second, None, None, True, 1.0, eps)   # writes them: the fastest way to a variance
+            first, second = first.double(), second.double() * (share - 1) / share
+            moments = torch.stack([first, second + first.square()])   # in double, or the squares would cancel
+            dist.all_reduce(moments)
+            first, second = moments / dist.get_world_size()
+            spread = (second - first.square()).clamp(min=0)
+            for t, new in ((mean, first), (var, spread * whole / (whole - 1))):
+                if t is not None:   # of this call, as apply gives them: batch norm writes into them
                     t.copy_((1 - momentum) * t + momentum * new)
-        scale = own * (spread + eps).rsqrt().float()
-        shift = (0 if bias is None else bias) - first.float() * scale
-        return (x * vector(scale) + vector(shift)).to(x.dtype)
+            mean, var = first.to(own.dtype), spread.to(own.dtype)
+        y = norm(x, mean, var, own, bias, False, 0.0, eps)
+
+        def through_statistics(grads, outer):   # what the mean and the variance add to the gradient of x
+            dx, d_weight, d_bias = grads
+            if d_weight is None or d_bias is None:   # frozen
+                _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                    outer[0], x, own, mean, var, None, None, False, eps, (False, True, True))
+            sums = torch.stack([d_weight, d_bias])
+            dist.all_reduce(sums)
+            by_weight, by_bias = sums * own * (var + eps).rsqrt() / whole
+            return dx - norm(x.detach(), mean, var, by_weight, by_bias, False, 0.0, eps), *grads[1:]
+
+        if x.requires_grad:
+            y.grad_fn.register_hook(through_statistics)
+        return y
 
     def together(model, params, buffers, x, train=False):
         own = {f"{k}.weight": params[f"{k}.weight"] for k in norms if f"{k}.weight" in params}   # tied: once

@@ -19,7 +19,7 @@ from test_run import TINY, TOP, call
 import bcq
 import run
 
-EXACT = [*TINY, "--threads", "1", "--optimizer", "sgd"]   # Muon's bfloat16 rounds small differences up
+EXACT = [*TINY, "--threads", "1", "--optimizer", "sgd", "--lr", "0.05"]   # Muon makes more of roundings
 
 
 def torchrun(count, *words, **options):
@@ -176,7 +176,7 @@ def test_a_batch_norm_without_weights_is_refused():
 
 
 def test_synchronized_batch_norm_of_one_process_is_batch_norm(monkeypatch, small):
-    monkeypatch.setattr(torch.distributed.nn, "all_reduce", lambda t: t)
+    monkeypatch.setattr(run.dist, "all_reduce", lambda t: None)
     monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
     small.norm.bias = None
     params, buffers = bcq.split(small)
@@ -198,16 +198,38 @@ def test_the_statistics_of_two_shares_are_those_of_the_whole_even_of_a_dead_chan
     model = torch.nn.Sequential(norm)
     moments = []
     monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed.nn, "all_reduce", lambda t: moments.append(t) or 2 * t)
+    monkeypatch.setattr(run.dist, "all_reduce", lambda t: moments.append(t.clone()) or t.mul_(2))
     for part in (whole[:32], whole[32:]):
         run.synchronized(model, bcq.apply)(model, *named, part, train=True)
-    monkeypatch.setattr(torch.distributed.nn, "all_reduce", lambda t: sum(moments))
+    monkeypatch.setattr(run.dist, "all_reduce", lambda t: t.copy_(sum(moments)))
     found, after = run.synchronized(model, bcq.apply)(model, *named, whole[:32], train=True)
     double = [bcq.to_dtype(tensors, torch.double) for tensors in named]
     expected, own = bcq.apply(model, *double, whole.double(), train=True)
-    torch.testing.assert_close(found.double(), expected[:32], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found.double(), expected[:32], rtol=1e-3, atol=5e-3)
     for key in ("0.running_mean", "0.running_var"):
         torch.testing.assert_close(after[key].double(), own[key], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [("weight", "bias"), ("bias",), ()])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4, 5)])
+def test_gradients_through_the_statistics_are_those_of_the_whole_batch(monkeypatch, shape, trained):
+    draw = torch.Generator().manual_seed(0)
+    share, factor = (torch.randn(shape, generator=draw, dtype=torch.double) for _ in range(2))
+    norm = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(3).double()
+    model, buffers = torch.nn.Sequential(norm), {f"0.{k}": b for k, b in norm.named_buffers()}
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)      # two processes that have equal shares:
+    monkeypatch.setattr(run.dist, "all_reduce", lambda t: t.mul_(2))   # the sum over both is twice its own
+    found, expected = [], []
+    for forward, copies, gradients in ((run.synchronized(model, bcq.apply), 1, found),
+                                       (bcq.apply, 2, expected)):
+        x = share.clone().requires_grad_()
+        params = {f"0.{k}": torch.rand(3, dtype=torch.double, generator=torch.Generator().manual_seed(len(k)))
+                  .requires_grad_(k in trained) for k in ("weight", "bias")}
+        y, _ = forward(model, params, buffers, torch.cat([x] * copies), train=True)
+        loss = (y.tanh() * torch.cat([factor] * copies)).sum()
+        gradients += torch.autograd.grad(loss, [x, *(params[f"0.{k}"] for k in trained)])
+    for own, whole in zip(found, expected):
+        torch.testing.assert_close(own, whole / 2)
 
 
 def test_a_run_begins_with_the_weights_of_the_first_process(monkeypatch):

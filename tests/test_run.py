@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import same
 from PIL import Image
 
@@ -393,11 +394,18 @@ def test_without_a_network_the_default_data_set_gives_way_to_shapes_in_one_line_
     def no_network(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(run.torchvision.datasets, "CIFAR10", no_network)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
     assert run.load_data(None, str(tmp_path))["name"] == "shapes"
     assert capsys.readouterr().out.count("\n") == 1
     with pytest.raises(OSError, match="cifar10 is not in"):
         run.load_data("cifar10", str(tmp_path))
+
+
+def test_what_the_command_line_does_not_need_is_not_imported_at_its_start():
+    late = "torchvision", "matplotlib.pyplot", "torch._dynamo"
+    code = f"import sys, run; print([m for m in {late} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOP)
+    assert result.stdout.strip() == "[]", result
 
 
 def test_a_folder_that_is_called_like_a_built_in_data_set_is_not_taken_for_it(tmp_path):
