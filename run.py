@@ -545,7 +545,10 @@ def synchronized(model, forward):
         whole = share * dist.get_world_size()
         with torch.no_grad():
             first, second = torch.zeros_like(own), torch.zeros_like(own)
-            norm(x, first, second, None, None, True, 1.0, eps)   # writes them: the fastest way to a variance
+            if share > 1:   # it writes them: the fastest way to a variance
+                norm(x, first, second, None, None, True, 1.0, eps)
+            else:
+                first = x.flatten()
             first, second = first.double(), second.double() * (share - 1) / share
             moments = torch.stack([first, second + first.square()])   # in double, or the squares would cancel
             dist.all_reduce(moments)
@@ -565,9 +568,10 @@ def synchronized(model, forward):
             sums = torch.stack([d_weight, d_bias])
             dist.all_reduce(sums)
             by_weight, by_bias = sums * own * (var + eps).rsqrt() / whole
-            return dx - norm(x.detach(), mean, var, by_weight, by_bias, False, 0.0, eps), *grads[1:]
+            more = norm(x.detach(), mean, var, by_weight, by_bias, False, 0.0, eps)
+            return None if dx is None else dx - more, *grads[1:]
 
-        if x.requires_grad:
+        if x.requires_grad and y.requires_grad:
             y.grad_fn.register_hook(through_statistics)
         return y
 

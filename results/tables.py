@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 PAPER = 0.9010
+MACHINE = "Intel(R) Xeon(R) Processor"   # of the table of methods and of the figures; the others name theirs
 ROWS = {   # (method or mode, bits of weights, bits of inputs): the row's name, in the table's order
     ("fp32", 32, 32): "fp32", ("fp16", 16, 16): "fp16, converted", ("int8", 8, 8): "int8, converted, static",
     ("int8-dynamic", 8, 8): "int8, converted, dynamic", ("bc", 1, 32): "**bc**",
@@ -28,7 +29,8 @@ def published(records):
         early = r.get("method") == "bc" and not r["config"].get("real_epochs")
         method = "bc, no real epochs" if early else r.get("method")
         name = ROWS.get((method, r.get("w_bits"), r.get("a_bits")))
-        full = r.get("model") == "fast" and r.get("width") == 1 and r.get("dataset") == "cifar10"
+        full = (r.get("model"), r.get("width"), r.get("dataset"), r["device_name"]) == (
+            "fast", 1, "cifar10", MACHINE)
         if name and full:
             groups[name] = [other for other in groups[name] if other["seed"] != r["seed"]] + [r]
     return {name: group for name, group in groups.items() if group}
@@ -68,7 +70,7 @@ def epochs(r):
 def times(records):
     """The training times, from the records of kind train, in words."""
     trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
-               and (r["model"], r["width"]) == ("fast", 1)]
+               and (r["model"], r["width"], r["device_name"]) == ("fast", 1, MACHINE)]
     key = lambda r: (r["mode"], r["epochs"], r["w_bits"], r["config"]["w_bits"]
                      if "config" in r and r["mode"] == "lsq" else 0)
     groups = [list(group) for _, group in groupby(sorted(trained, key=key), key)]
@@ -85,7 +87,8 @@ def conditions(groups, records):
     values = lambda key: ", ".join(sorted({str(r[key]) for r in shown}))
     images = f"{shown[0]['train_images']:,} training images, {shown[0]['val_images']:,} held out"
     trained = [r for r in records if r["kind"] == "train"]
-    runs = {r["command"]: r["commit"] for r in [*trained, *shown]}
+    other = lambda r: "" if r["device_name"] == MACHINE else f", on {r['device_name']} in {r['dtype']}"
+    runs = {(r["command"], r["commit"] + other(r)) for r in [*trained, *shown]}
     return [
         f"CIFAR-10, 10,000 test images, last epoch; accuracy, size and time are those of the network in the "
         f"deployed file. `{values('model')}` ({shown[0]['parameters']:,} parameters, {shown[0]['macs']:,} "
@@ -94,7 +97,7 @@ def conditions(groups, records):
         f"{values('date')}. Times smaller: than the fp32 file. Training seconds: {times(records)}. "
         "Everything else is in `records.jsonl`. Commands, and the commits at which they were run:",
         "",
-        *[f"    {command}   # {commit}" for command, commit in sorted(runs.items())],
+        *[f"    {command}   # {commit}" for command, commit in sorted(runs)],
     ]
 
 
@@ -110,41 +113,39 @@ def best_scores(records):
     """The table of the networks of the lowest course score at 90 % or more, as Markdown."""
     rows = [r for r in records if r["kind"] == "score" and r["dataset"] == "cifar10" and r["eligible"]]
     lines = [
-        "", "| network at 90 % or more | test accuracy, % | W, A bits | file, bytes | course score | if "
-        "zeros count as pruned | MicroNet score |", "|---|---|---|---|---|---|---|"
+        "", "| network at 90 % or more | test accuracy, % | epochs | W, A bits | file, bytes | course score "
+        "| if zeros count as pruned | MicroNet score | scored on |", "|---|---|---|---|---|---|---|---|---|"
     ]
+    real = {(r["model"], r["width"]): r["epochs"] for r in records
+            if (r["kind"], r.get("mode"), r.get("dataset")) == ("train", "fp32", "cifar10")}
+    before = lambda r: f"{real[r['model'], r['width']]} in fp32 + " if r["config"].get("init") else ""
     for r in sorted(rows, key=lambda r: r["course_score"]):
         lines.append(
             f"| {r['mode']}, `{r['model']}` of width {r['width']} | {100 * r['test_accuracy']:.2f} | "
-            f"{r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | {r['course_score']:.5f} | "
-            f"{r['course_score_zeros_pruned']:.5f} | {r['micronet_score']:.5f} |")
+            f"{before(r)}{r['epochs']} | {r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | "
+            f"{r['course_score']:.5f} | {r['course_score_zeros_pruned']:.5f} | {r['micronet_score']:.5f} | "
+            f"{r['device_name']} |")
     return [*lines, "", "    python run.py --mode score --checkpoint model.bcq --data-dir DATA"
             ] if rows else []
 
 
 def inference(records):
-    """The table of inference times, as Markdown; empty without records."""
-    rows = [r for r in records if r["kind"] == "inference"]
-    if not rows:
-        return []
+    """The table of inference times, as Markdown."""
+    rows = latest(records, "inference", "model", "method", "batch")
     lines = ["", "| inference | batch | ms | images/s | times as fast as fp32 |", "|---|---|---|---|---|"]
     for r in rows:
         lines.append(f"| {r['model']}, {r['method']} | {r['batch']} | {1e3 * r['seconds']:.1f} | "
                      f"{r['images_per_second']:,.0f} | {r['speedup_over_fp32']:.2f} |")
-    r = rows[0]
     rounds = ", ".join(sorted({f"{r['rounds']} rounds at batch {r['batch']}" for r in rows}))
     return [
         *lines, "", f"Medians of {rounds}, in turns in one process, eager, random weights; "
-        f"{r['device_name']}, {r['threads']} threads, torch {r['torch']}, commit {r['commit']}, {r['date']}. "
-        "Commands:", "", *dict.fromkeys(f"    {r['command']}" for r in rows)
+        f"{machine(rows)} Commands:", "", *commands(rows)
     ]
 
 
 def steps(records):
-    """The table of the time and memory of a training step, as Markdown; empty without records."""
+    """The table of the time and memory of a training step, as Markdown."""
     rows = latest(records, "step", "model", "batch", "method")
-    if not rows:
-        return []
     lines = ["", "| a training step | batch | s | over plain | peak memory, MB | over plain |",
              "|---|---|---|---|---|---|"]
     for r in rows:
@@ -153,9 +154,15 @@ def steps(records):
             f"{r['time_over_plain']:.3f} | {r['peak_bytes'] / 1e6:,.0f} | {r['memory_over_plain']:.3f} |")
     rounds = ", ".join(sorted({str(r["rounds"]) for r in rows}))
     return [*lines, "", "Plain is an ordinary loop with torch.optim, lab the loop of the lab sheet, "
-            "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes on a "
-            f"CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its own "
-            f"process. {machine(rows)} Commands:", "", *commands(rows)]
+            "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes in "
+            f"bf16 on a CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its "
+            f"own process. {machine(rows)} Commands:", "", *commands(rows)]
+
+
+def by_machine(records, kind, table):
+    """The table that is made of the records of a kind, once for each machine that has some."""
+    names = dict.fromkeys(r["device_name"] for r in records if r["kind"] == kind)
+    return [line for name in names for line in table([r for r in records if r.get("device_name") == name])]
 
 
 def latest(records, kind, *keys):
@@ -189,33 +196,37 @@ def time_to_accuracy(records):
             f"{spread([g['seconds'] for g in group], '{:.0f}')} | "
             f"{spread([100 * g['test_accuracy'] for g in group], '{:.2f}')} | {100 * r['target']:.2f} |")
     return [*lines, "", "The whole training time of a preset of fixed length, every seed counted, the test "
-            f"set touched once, at the end; all layers binary. {machine(rows)} Commands:", "",
+            f"set touched once in a run, at its end; all layers binary. {machine(rows)} Commands:", "",
             *commands(rows)] if rows else []
 
 
 def scaling(records):
-    """The tables of several processes and of what is no training, as Markdown; empty without records."""
+    """The table of several processes, as Markdown."""
     rows = latest(records, "scaling", "processes", "threads")
     lines = ["", "| processes | threads of each | images/s | times as fast | test accuracy, % |",
              "|---|---|---|---|---|"]
     for r in rows:
         lines.append(f"| {r['processes']} | {r['threads']} | {r['images_per_second']:,.0f} | "
                      f"{r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
-    data = latest(records, "data", "method")
-    also = ["", "| beside the training | ms | images/s |", "|---|---|---|"]
-    for r in data:
+    return [*lines, "", f"`{rows[0]['model']}`, gloo, {rows[0]['dtype']}, {rows[0]['epochs']} epochs of "
+            f"{rows[0]['train_images']:,} images, batch {rows[0]['batch']} in all. {machine(rows)} Command:",
+            "", *commands(rows)]
+
+
+def beside(records):
+    """The table of what takes time beside the training, as Markdown."""
+    rows = latest(records, "data", "method")
+    lines = ["", "| beside the training | ms | images/s |", "|---|---|---|"]
+    for r in rows:
         rate = f"{r['images_per_second']:,.0f}" if "images_per_second" in r else ""
-        also.append(f"| {r['method']} | {1e3 * r['seconds']:,.1f} | {rate} |")
-    return ([*lines, "", f"`{rows[0]['model']}`, gloo, {rows[0]['epochs']} epochs of "
-             f"{rows[0]['train_images']:,} images, batch {rows[0]['batch']} in all. {machine(rows)} Command:",
-             "", *commands(rows)] if rows else []) + (
-                 [*also, "", f"Medians. {machine(data)} Command:", "", *commands(data)] if data else [])
+        lines.append(f"| {r['method']} | {1e3 * r['seconds']:,.1f} | {rate} |")
+    return [*lines, "", f"Medians. {machine(rows)} Command:", "", *commands(rows)]
 
 
 def time_figure(records):
     """Accuracy against the time of training: a dot for each method, bars for the spread over seeds."""
     trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
-               and (r["model"], r["width"], r["device"], r["threads"]) == ("fast", 1, "cpu", 2)]
+               and (r["model"], r["width"], r["device_name"], r["threads"]) == ("fast", 1, MACHINE, 2)]
     bits = lambda r: f" W{r['w_bits']}A{r['a_bits']}, after fp32" if r["mode"] == "lsq" else ""
     groups = {}
     for r in trained:
@@ -274,7 +285,9 @@ def main():
     before, rest = readme.read_text().split(start)
     _, after = rest.split(end)
     made = [*table(groups), "", *conditions(groups, records), *built_in(records), *best_scores(records),
-            *inference(records), *time_to_accuracy(records), *steps(records), *scaling(records)]
+            *by_machine(records, "inference", inference),
+            *by_machine(records, "time-to-accuracy", time_to_accuracy), *by_machine(records, "step", steps),
+            *by_machine(records, "scaling", scaling), *by_machine(records, "data", beside)]
     figure(groups)
     time_figure(records)
     readme.write_text("\n".join([before + start, "", *made, "", end]) + after)
