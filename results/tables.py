@@ -155,8 +155,8 @@ def steps(records):
     rounds = ", ".join(sorted({str(r["rounds"]) for r in rows}))
     return [*lines, "", "Plain is an ordinary loop with torch.optim, lab the loop of the lab sheet, "
             "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes in "
-            f"bf16 on a CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in its "
-            f"own process. {machine(rows)} Commands:", "", *commands(rows)]
+            f"bf16 on a CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in "
+            f"its own process. {machine(rows)} Commands:", "", *commands(rows)]
 
 
 def by_machine(records, kind, table):
