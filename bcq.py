@@ -69,8 +69,7 @@ def prune(params, names, share):
     """The masks {name: bool} that keep all but that share, 0 to 1, of the weights smallest in magnitude.
     Train with {name: masked(quantizer, mask)}. Source: after Han et al. 2015, arXiv:1506.02626."""
     magnitudes = torch.cat([params[name].abs().flatten() for name in names])
-    kept = torch.ones_like(magnitudes, dtype=torch.bool)
-    kept[magnitudes.argsort(stable=True)[:round(share * len(kept))]] = False
+    kept = magnitudes.argsort(stable=True).argsort() >= round(share * len(magnitudes))
     parts = kept.split([params[name].numel() for name in names])
     return {name: part.view_as(params[name]) for name, part in zip(names, parts)}
 
@@ -406,9 +405,8 @@ def least_squares(x, bits):
     """The grid (step, zero), of 40 parts of min_max's, of least squared error on 50,000 values of x."""
     x = x.flatten()[::max(1, x.numel() // 50_000)].float()
     widest, zero = min_max(x, bits)
-    steps = [widest * i / 40 for i in range(1, 41)]
     error = lambda s: ((x / s).round().clamp(-zero, 2**bits - 1 - zero) * s - x).square().mean().item()
-    return min(steps, key=error), zero
+    return min((widest * i / 40 for i in range(1, 41)), key=error), zero
 
 def calibrate(model, params, buffers, x, bits, fit=min_max):
     """The grids of the layers' inputs for images x: ({"NAME:input_step": step}, {name: (bits, zero)}).
@@ -430,12 +428,17 @@ def _int_mm(a, b):
         a, b = F.pad(a, (0, -k % 8, 0, max(0, 17 - m))), F.pad(b, (0, -n % 8, 0, -k % 8))
     return torch._int_mm(a, b)[:m, :n]
 
+def _float_mm(a, b):
+    """The same by floats, of 24 bits where they hold the sums, or of 53: exact too; faster without VNNI."""
+    few = a.device.type == "cpu" and b.int().abs().sum(0).max() * 128 < 2**24
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(dtype := torch.float32 if few else torch.float64) @ b.to(dtype)).int()
+
 def _onednn(codes, w, step, zero, scale, shift, prepack, *geometry):
     """A convolution in integers, uint8 by int8, and scale and shift in the same pass: oneDNN's, on a CPU."""
     packed = prepack(w, scale, step, zero, *geometry, codes.shape)
-    zeros, last = torch.zeros_like(scale).long(), (1.0, 0, torch.float32, "none", [], "")
-    convolve = torch.ops.onednn.qconv2d_pointwise
-    return convolve(codes, step, zero, packed, scale, zeros, shift, *geometry, *last)
+    more = (torch.zeros_like(scale).long(), shift, *geometry, 1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qconv2d_pointwise(codes, step, zero, packed, scale, *more)
 
 @functools.cache
 def _exact(kernel, device):
@@ -457,9 +460,10 @@ def integer_conv2d(codes, w, zero, stride=(1, 1), padding=(0, 0), dilation=(1, 1
     lie as in channels-last memory. Raises ValueError where 32 bits might not hold the sums."""
     if w[0].numel() * 255 * 128 >= 2**31:
         raise ValueError(f"sums of {w[0].numel():,} products of 8 bits may not fit 32 bits")
-    if groups > 1 or not _exact(_int_mm, codes.device):   # float64 is exact up to 2**53
-        sums = F.conv2d(codes.double() - zero, w.double(), None, stride, padding, dilation, groups)
-        return sums.round().int()
+    if groups > 1:   # float64 is exact up to 2**53
+        x, w = codes.double() - zero, w.double()
+        return F.conv2d(x, w, None, stride, padding, dilation, groups).round().int()
+    fast = _exact(_int_mm, codes.device) and (codes.is_cuda or _exact(_onednn, codes.device))
     x = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]), value=zero).permute(0, 2, 3, 1)
     x = x.contiguous().bitwise_xor(128).view(torch.int8)                                    # code - 128
     (n, height, width, c), (kh, kw), (a, b, d, e) = x.shape, w.shape[2:], x.stride()
@@ -468,9 +472,8 @@ def integer_conv2d(codes, w, zero, stride=(1, 1), padding=(0, 0), dilation=(1, 1
     windows = x.as_strided((n, rows, columns, kh, kw, c),
                            (a, b * stride[0], d * stride[1], b * dilation[0], d * dilation[1], e))
     matrix = w.permute(0, 2, 3, 1).flatten(1)
-    sums = _int_mm(windows.reshape(-1, matrix.shape[1]), matrix.T)
-    sums = sums + (128 - zero) * matrix.sum(1, dtype=torch.int32)
-    return rearrange(sums, "(n h w) c -> n c h w", n=n, h=rows)
+    sums = (_int_mm if fast else _float_mm)(windows.reshape(-1, matrix.shape[1]), matrix.T)
+    return rearrange(sums + (128 - zero) * matrix.sum(1).int(), "(n h w) c -> n c h w", n=n, h=rows)
 
 def integers(codes, bits, shape, **_):
     """The integers that a deployed weight's codes stand for, int8 of that shape."""
@@ -537,12 +540,9 @@ def unpack_bits(data, bits, shape):
     """The uint8 integers of that shape that pack_bits made bytes of."""
     count, width = torch.Size(shape).numel(), bits if 8 % bits == 0 else 1
     place = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
-    spread = ((data[:, None] >> place) & (2**width - 1)).flatten()
-    spread = spread[:count * bits // width].view(count, bits // width)
-    codes = spread[:, 0]
-    for i in range(1, spread.shape[1]):
-        codes = codes | spread[:, i] << i
-    return codes.reshape(shape)
+    spread = ((data[:, None] >> place) & (2**width - 1)).flatten()[:count * bits // width]
+    spread = spread.view(count, bits // width)
+    return sum(spread[:, i] << i for i in range(bits // width)).reshape(shape)
 
 def pack(params, bits, grids=None):
     """The params of the deployed network: the same dict with tensors that hold so many bits, and no steps.

@@ -49,7 +49,8 @@ def test_the_integer_convolution_is_exact_in_any_geometry_with_torchs_product_an
     if missing:
         monkeypatch.setattr(bcq, "_exact", lambda kernel, device: False)
     codes, w = random_codes(2, 6, 9, 8), random_int8(12, 6 // geometry[3], 3, 2)
-    found = bcq.integer_conv2d(codes, w, zero, *geometry)
+    with torch.autocast("cpu", torch.bfloat16):   # which would round sums
+        found = bcq.integer_conv2d(codes, w, zero, *geometry)
     assert found.dtype == torch.int32
     assert torch.equal(found.long(), convolution_in_int64(codes, w, zero, *geometry))
 
@@ -61,6 +62,14 @@ def test_the_largest_sums_do_not_wrap_around_and_larger_ones_are_refused():
     assert (bcq.integer_conv2d(codes, w, 0) == -255 * 128 * size).all()
     with pytest.raises(ValueError, match="32 bits"):
         bcq.integer_conv2d(F.pad(codes, (0, 0, 0, 0, 0, 1)), F.pad(w, (0, 0, 0, 0, 0, 1)), 0)
+
+
+@pytest.mark.parametrize("terms", [1032, 1033, 9000])   # 1032 * 127 * 128 < 2**24: the last that 24 bits hold
+def test_sums_of_floats_are_exact_on_either_side_of_what_24_bits_hold(terms):
+    a, b = torch.full((2, terms), -128, dtype=torch.int8), torch.full((terms, 3), 127, dtype=torch.int8)
+    a[1, ::2], b[0, 1] = 127, 126   # sums that no float32 beyond 2**24 holds: odd ones
+    for x, y in ((a, b), (random_int8(7, terms), random_int8(terms, 5))):
+        assert torch.equal(bcq._float_mm(x, y).long(), (x.long() @ y.long()))
 
 
 def test_a_kernel_that_saturates_or_raises_is_not_used():
@@ -145,7 +154,7 @@ def test_int8_agrees_with_pytorchs_own_quantized_convolution():
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 12, 3, padding=1, bias=False)
     x, step, zero = torch.randn(4, 8, 9, 9, generator=G), 0.03, 100
-    packed = quantized_layer(layer, 8, (8, zero), step)
+    packed = quantized_layer(layer, 7, (8, zero), step)   # of 8 bits, its sums saturate on CPUs without VNNI
     found = torch.func.functional_call(layer, packed, x)
     scale = packed["weight"].parts["scale"]
     qw = torch.quantize_per_channel(layer.weight.detach(), scale, torch.zeros(12).long(), 0, torch.qint8)
