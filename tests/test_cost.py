@@ -1,6 +1,7 @@
 """Costs and scores: the published baselines, and every wrong count that has been seen."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import bcq
 import models
 
 G = torch.Generator().manual_seed(0)
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def nonzero(params):
@@ -210,3 +212,14 @@ def test_inputs_of_a_layer_that_computes_in_another_way_count_as_real():
     packed = bcq.pack(params, {"layer.weight": 8}, {"layer.weight": (8, 0)})
     row, = [r for r in bcq.count_cost(model, packed, buffers, (3, 2, 2)) if r["macs"]]
     assert (row["macs"], row["w_bits"], row["a_bits"]) == (60, 8, 32)
+
+
+def test_the_network_in_results_has_4_bits_inside_and_the_course_score_of_the_readme():
+    model, packed, buffers, _ = bcq.load_packed(RESULTS / "fast-0.59-w4a4.bcq", models.fast)
+    cost = bcq.count_cost(model, packed, buffers)
+    layers = [row for row in cost if row["layer"].endswith(".weight") and row["macs"]]
+    assert [(row["w_bits"], row["a_bits"]) for row in layers] == [(8, 8)] + [(4, 4)] * 6 + [(8, 8)]
+    by_hand = sum(max(row["w_bits"], row["a_bits"]) * row["macs"] for row in layers) / 32 / 2.8e8
+    by_hand += sum(row["w_bits"] * row["values"] for row in cost) / 32 / 5.6e6
+    assert by_hand < bcq.course_score(cost) < by_hand + 2e-4   # and scales and shifts
+    assert f"{bcq.course_score(cost):.4f}" == "0.0350"

@@ -41,3 +41,9 @@ def test_two_epochs_on_a_tenth_of_cifar10_are_far_above_chance(tmp_path):
     result = call("--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"], "--epochs", 2,
                   "--subset", 5000, "--expect", 0.2, "--out", tmp_path / "out")
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_network_in_results_is_right_on_about_nine_of_ten_test_images(data):
+    net = run.load_network(run.Path(models.__file__).with_name("results") / "fast-0.59-w4a4.bcq", "cpu")
+    first = {**data, **{k: data[k][:1000] for k in ("test_x", "test_y")}}
+    assert 0.87 < run.test(net, first)["accuracy"] < 0.94
