@@ -1750,8 +1750,10 @@ def draw_sweep(folder, rows):
             points = [(row[key], 100 * row["test_accuracy"]) for row in rows]
             ax.plot(*zip(*front(points)), color="C1", zorder=1, label="Pareto front", drawstyle="steps-post")
             ax.scatter(*zip(*points), zorder=2)
+            middle = math.sqrt(min(points)[0] * max(points)[0])
             for row, point in zip(rows, points):
-                ax.annotate(row["name"], point, textcoords="offset points", xytext=(5, 4), fontsize=8)
+                side = dict(ha="right", xytext=(-5, 4)) if point[0] > middle else dict(xytext=(5, 4))
+                ax.annotate(row["name"], point, textcoords="offset points", fontsize=8, **side)
             threshold = THRESHOLDS.get(rows[0]["dataset"])
             if threshold:
                 ax.axhline(100 * threshold, color="gray", linestyle="--", label=f"{100 * threshold:g} %")
