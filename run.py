@@ -1246,7 +1246,8 @@ def train(args):
                 write_lines(folder / "metrics.jsonl", run["history"])
                 print(epoch_line(job, run), flush=True)
         if run["epoch"] == job.config["epochs"]:
-            return 0 if args.rank else finish(job, run, folder)
+            status = 0 if args.rank else finish(job, run, folder)
+            return status or (128 + interrupted[0] if interrupted else 0)   # a sweep is not to go on
     if not args.rank:
         print(f"run.py: stopped, saved; go on with: python run.py --resume {folder}", file=sys.stderr)
     return 128 + (interrupted or [signal.SIGTERM])[0]
@@ -1677,7 +1678,8 @@ def run_cell(cell, words, places):
     status = status or main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
                              str(unfinished), *places], alone=True)
     if status:
-        print(f"run.py: the cell {cell.name} failed", file=sys.stderr)
+        print(f"run.py: the cell {cell.name} failed" if status < 128 else
+              "run.py: the sweep stopped; the same command goes on with it", file=sys.stderr)
     else:
         os.replace(unfinished, result)
     return status
@@ -1691,9 +1693,10 @@ def sweep(args):
     left_out = ("mode", "images", "out", "resume")
     flag = lambda k, v: [f"--{k.replace('_', '-')}"] + ([] if v is True else [str(v)])
     own = {k: flag(k, v) for k, v in args.given.items() if k not in left_out}
-    flags = [word for words in own.values() for word in words]
     folder = Path(args.out or "runs/sweep")
-    words_of = lambda run: flags + [f"--{k}={v}" for k, v in run.items()]
+    takes = lambda run, k: run.get("mode", "bc") == "lsq" or k not in ("w_bits", "a_bits")
+    flags = lambda run: [word for k, words in own.items() if takes(run, k) for word in words]
+    words_of = lambda run: flags(run) + [f"--{k}={v}" for k, v in run.items()]
     for run in runs:
         parse_arguments(words_of(run))   # all, before the first is run
     if args.world > 1 and "dataset" not in runs[0]:

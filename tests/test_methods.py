@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -256,6 +257,20 @@ def test_a_sweep_runs_each_cell_once_and_goes_on_after_a_kill(tmp_path, capsys, 
     rows = [line.split() for line in table if line.startswith(("bc-x", "lsq-x"))][-3:]
     assert sorted((float(r[1]) for r in rows), reverse=True) == [float(r[1]) for r in rows]
     assert {"size.png", "scores.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_signal_in_the_last_test_of_a_cell_stops_the_sweep_and_the_same_command_goes_on(
+        tmp_path, capsys, monkeypatch):
+    words = [*TINY, "--epochs", 1, "--mode", "sweep", "mode=bc,lsq", "--w-bits", 3, "--out", tmp_path]
+    real = run.test
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "test", lambda *given: signal.raise_signal(signal.SIGTERM) or real(*given))
+        assert main(*words) == 143
+    printed = capsys.readouterr()
+    assert "the sweep stopped" in printed.err and "failed" not in printed.err
+    assert printed.out.count("cell ") == 1 and run.finished(tmp_path / "bc") is not None
+    assert main(*words) == 0   # bits that are a flag are given to the modes that take them
+    assert (tmp_path / "bc" / "result.jsonl").exists() and (tmp_path / "lsq" / "result.jsonl").exists()
 
 
 def test_a_sweeps_grid_may_stand_in_a_file_and_bits_that_a_mode_does_not_take_make_no_cells(tmp_path):
