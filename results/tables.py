@@ -208,7 +208,7 @@ def scaling(records):
     for r in rows:
         lines.append(f"| {r['processes']} | {r['threads']} | {r['images_per_second']:,.0f} | "
                      f"{r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
-    return [*lines, "", f"`{rows[0]['model']}`, gloo, {rows[0]['dtype']}, {rows[0]['epochs']} epochs of "
+    return [*lines, "", f"`{rows[0]['model']}`, gloo, {rows[0]['dtype']}, epochs: {rows[0]['epochs']} of "
             f"{rows[0]['train_images']:,} images, batch {rows[0]['batch']} in all. {machine(rows)} Command:",
             "", *commands(rows)]
 

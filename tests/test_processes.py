@@ -205,7 +205,8 @@ def test_the_statistics_of_two_shares_are_those_of_the_whole_even_of_a_dead_chan
     found, after = run.synchronized(model, bcq.apply)(model, *named, whole[:32], train=True)
     double = [bcq.to_dtype(tensors, torch.double) for tensors in named]
     expected, own = bcq.apply(model, *double, whole.double(), train=True)
-    torch.testing.assert_close(found.double(), expected[:32], rtol=1e-3, atol=5e-3)   # torch's own: 0.03
+    bound = 1e-3 if std else 5e-3   # of a dead channel, rounding shows: torch's own batch norm has 0.03
+    torch.testing.assert_close(found.double(), expected[:32], rtol=1e-3, atol=bound)
     for key in ("0.running_mean", "0.running_var"):
         torch.testing.assert_close(after[key].double(), own[key], rtol=1e-5, atol=1e-5)
 
@@ -225,7 +226,7 @@ def test_gradients_through_the_statistics_are_those_of_the_whole_batch(monkeypat
         x = share.clone().requires_grad_()
         params = {f"0.{k}": torch.rand(3, dtype=torch.double, generator=torch.Generator().manual_seed(len(k)))
                   .requires_grad_(k in trained) for k in ("weight", "bias")}
-        y, after = forward(model, params, buffers, torch.cat([x] * copies), train=True)
+        y, _ = forward(model, params, buffers, torch.cat([x] * copies), train=True)
         loss = (y.tanh() * torch.cat([factor] * copies)).sum()
         gradients += torch.autograd.grad(loss, [x, *(params[f"0.{k}"] for k in trained)])
     for own, whole in zip(found, expected):
