@@ -5,10 +5,10 @@ buffers. A method is a pure function from the latent params to the params that t
 Training is one pure function that returns what it changed:
     latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
 
-Nothing here writes into its arguments, keeps state or draws hidden random numbers (a dropout layer in a model
-of yours draws its own; deployed weights keep what they unpacked). A dict maps model.named_parameters() names
-to tensors. "The paper" is BinaryConnect: Courbariaux, Bengio, David 2015, "BinaryConnect: Training Deep
-Neural Networks with binary weights during propagations", arXiv:1511.00363."""
+Nothing here but the lab's class, BC, writes into its arguments, keeps state or draws hidden random numbers (a
+dropout layer in a model of yours draws its own; deployed weights keep what they unpacked). A dict maps
+model.named_parameters() names to tensors. "The paper" is BinaryConnect: Courbariaux, Bengio, David 2015,
+"BinaryConnect: Training Deep Neural Networks with binary weights during propagations", arXiv:1511.00363."""
 import copy
 import functools
 import hashlib
@@ -26,20 +26,25 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 # ---- 1. Quantizers: tensor -> tensor of the same shape and dtype ----
 def _no_nan(w):
-    """w itself. Raises ValueError at a NaN; a compiled graph cannot, and lets the NaN through as one."""
-    if not torch.compiler.is_compiling() and w.isnan().any():
+    """w itself. Raises ValueError at a NaN on the CPU; elsewhere looking would wait for the device, and in a
+    compiled graph it cannot be done: there the NaN goes through as one."""
+    if w.device.type == "cpu" and not torch.compiler.is_compiling() and w.isnan().any():
         raise ValueError("NaN in the weights: it has no sign (is the learning rate too high?)")
     return w
 
+def _sign(x):
+    """+1 where x >= 0 and -1 where x < 0: sign(0) = +1, so there is no third value; NaN stays NaN."""
+    return torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)
+
 def binarize(w):
-    """The sign of each weight, +1 where w >= 0 and -1 elsewhere; sign(0) = +1, so there is no third value.
-    w: float tensor of any shape. Raises ValueError at a NaN. Source: the paper, section 2.2, eq. 1."""
-    return torch.where(_no_nan(w) >= 0, 1.0, torch.where(w < 0, -1.0, w)).to(w.dtype)
+    """The sign of each weight: +1 where w >= 0 and -1 elsewhere, 0 included in the first. w: float tensor of
+    any shape. Raises ValueError at a NaN, on a CPU. Source: the paper, section 2.2, eq. 1."""
+    return _sign(_no_nan(w))
 
 def binarize_stochastic(w, u):
     """+1 with probability clip((w + 1) / 2, 0, 1), the hard sigmoid of w, and -1 otherwise.
     w: float tensor of any shape; u: the same shape, uniform in [0, 1), drawn by the caller (see draw_noise).
-    Raises ValueError at a NaN. Source: the paper, section 2.2, eq. 2 and 3."""
+    Raises ValueError at a NaN, on a CPU. Source: the paper, section 2.2, eq. 2 and 3."""
     probability = ((_no_nan(w) + 1) / 2).clamp(0, 1)
     return torch.where(u < probability, 1.0, torch.where(u >= probability, -1.0, w)).to(w.dtype)
 
@@ -57,7 +62,7 @@ def binarize_he(w):
 def ternarize(w):
     """alpha * {-1, 0, +1}: 0 where abs(w) <= 0.7 mean abs(w), alpha the mean of abs(w) over the others.
     w: float tensor of any shape, with one alpha. Source: TWN, Li et al. 2016, arXiv:1605.04711, section 2."""
-    kept = w.abs() > 0.7 * _no_nan(w).abs().mean()
+    kept = ~(w.abs() <= 0.7 * _no_nan(w).abs().mean())   # a NaN is kept, and seen
     alpha = (w.abs() * kept).sum() / kept.sum().clamp(min=1)
     return torch.where(kept, alpha * binarize(w), 0.0)
 
@@ -207,8 +212,10 @@ def recalibrate(model, params, buffers, batches, forward=apply):
     test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576."""
     statistics = {f"{k}.running_{name}": m.momentum or 1.0 for k, m in _norms(model).items()
                   if m.momentum != 0 for name in ("mean", "var")}
-    # what a training pass leaves of blank statistics is the batch's, times the momentum
-    blank = {k: b if b.ndim and k not in statistics else torch.zeros_like(b) for k, b in buffers.items()}
+    # what a training pass leaves of blank statistics is the batch's, times the momentum; where that is None
+    # it counts the passes
+    reset = statistics.keys() | {f"{k}.num_batches_tracked" for k in _norms(model)}
+    blank = {k: torch.zeros_like(b) if k in reset else b for k, b in buffers.items()}
     seen = []
     for x, _ in batches:
         with torch.no_grad():
@@ -246,21 +253,22 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     return init, update
 
 def orthogonalize(g, steps=5, dtype=torch.bfloat16):
-    """g with its singular vectors kept and its singular values, but for tiny ones, brought near 1.
-    g: float tensor (out, ...), taken as a matrix of out rows; the result has its shape and dtype. Computed in
-    the dtype given by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon"."""
-    x = g.flatten(1).to(dtype)
-    wide = x if x.shape[0] <= x.shape[1] else x.T
-    x = wide / wide.norm().clamp(min=1e-7)
+    """Matrices with their singular vectors kept and their singular values, but for tiny ones, brought near 1.
+    g: float (..., rows, columns), one or a stack of them; the result has its shape and dtype. Computed in the
+    dtype given by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon"."""
+    wide = g.shape[-2] <= g.shape[-1]
+    x = (g if wide else g.mT).to(dtype).reshape(-1, *sorted(g.shape[-2:]))
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        a = x @ x.T
-        x = torch.addmm(x, torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x if wide.shape == g.flatten(1).shape else x.T).reshape(g.shape).to(g.dtype)
+        a = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if wide else x.mT).reshape(g.shape).to(g.dtype)
 
 def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
     """Muon: momentum whose matrix is orthogonalized, in dtype; convolutions as out x (in * k * k).
-    Rectangular matrices are scaled by sqrt(max(1, rows / columns)). init raises ValueError for a tensor of
-    fewer than two dimensions (send those elsewhere with by_name). Source: Jordan et al. 2024."""
+    Matrices of one shape are orthogonalized together; the results are scaled by sqrt(max(1, rows / columns)).
+    init raises ValueError for a tensor of fewer than two dimensions (send those elsewhere with by_name).
+    Source: Jordan et al. 2024."""
     def init(params):
         if flat := [k for k, p in params.items() if p.ndim < 2]:
             raise ValueError(f"muon takes matrices and convolutions, not {', '.join(flat)}")
@@ -268,8 +276,13 @@ def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
     def update(grads, state, params, lr):
         state = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()}
         ahead = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()} if nesterov else state
-        scale = {k: max(1, d.shape[0] / d[0].numel()) ** 0.5 for k, d in ahead.items()}
-        return {k: -lr * scale[k] * orthogonalize(d, steps, dtype) for k, d in ahead.items()}, state
+        matrices, deltas = {k: d.flatten(1) for k, d in ahead.items()}, {}
+        for rows, columns in dict.fromkeys(m.shape for m in matrices.values()):
+            names = [k for k, m in matrices.items() if m.shape == (rows, columns)]
+            stack = orthogonalize(torch.stack([matrices[k] for k in names]), steps, dtype)
+            scaled = -lr * max(1, rows / columns) ** 0.5 * stack
+            deltas |= {k: m.view_as(grads[k]) for k, m in zip(names, scaled)}
+        return {k: deltas[k] for k in grads}, state
     return init, update
 
 def by_name(names, optimizer, rest):
@@ -362,8 +375,7 @@ class Weight(torch.Tensor):
 def sign_input(x):
     """sign(x), sign(0) = +1, with the gradient cut where abs(x) > 1: the activations of XNOR-Net.
     Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016, arXiv:1602.02830."""
-    sign = torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)   # NaN stays NaN
-    return straight_through(torch.where(x.abs() <= 1, x, 0.0), sign)
+    return straight_through(torch.where(x.abs() <= 1, x, 0.0), _sign(x))
 
 def lsq(x, step, low, high, size):
     """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
@@ -488,7 +500,8 @@ def input_codes(x, grid, step=None):
     if step is None:
         step, zero = min_max(x, bits)
     codes = torch.empty_like(x, dtype=torch.uint8)
-    for part, out in zip(x.split(4), codes.split(4)):   # which stays in the processor's cache
+    few = 4 if x.device.type == "cpu" else max(1, len(x))   # images that stay in the processor's cache
+    for part, out in zip(x.split(few), codes.split(few)):
         q = (part / step).round_()
         out.copy_((q.add_(zero) if zero else q).clamp_(0, 2**bits - 1))
     return codes, float(step), zero
@@ -501,7 +514,7 @@ def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, s
     parts = dict(codes=codes, bits=bits, shape=shape, scale=scale, shift=shift, grid=grid, step=step)
     prepared = functools.cache(lambda: integers(**parts).view(*shape, *[1] * (4 - len(shape))))
     prepack = functools.lru_cache(1)(lambda *its: torch.ops.onednn.qconv_prepack(*its))
-    value = lambda: codes if bits > 8 else integers(**parts) * _by_filter(scale, len(shape))
+    value = lambda: codes if bits > 8 else prepared().view(shape) * _by_filter(scale, len(shape))
     def compute(layer, x, bias=None, **geometry):
         bias = bias if shift is None else shift if bias is None else bias + shift
         if grid is None:
@@ -548,9 +561,12 @@ def pack(params, bits, grids=None):
     """The params of the deployed network: the same dict with tensors that hold so many bits, and no steps.
     bits: {name: 1 to 8}: 1 for alpha * sign(w), 2 for ternary weights, k for weights on the grid of their
     "NAME:step", or rounded to that of their largest value, filter by filter; grids: {name: (bits, zero)} for
-    inputs, each with an "NAME:input_step" unless dynamic. Raises ValueError where 1 bit is not enough."""
+    inputs, each with an "NAME:input_step" unless dynamic. Raises ValueError where 1 bit is not enough, or
+    an input on a grid meets real weights; KeyError."""
     def packed(name, w):
         shift, b = params.get(f"{name}:shift"), bits.get(name, 32)
+        if b > 8 and name in grids:
+            raise ValueError(f"{name}: integers need weights of 8 bits at most, for an input on a grid")
         if b > 8:
             return w if shift is None else deploy(w, 8 * w.element_size(), tuple(w.shape), shift=shift)
         top = max(1, 2 ** (b - 1) - 1)
@@ -561,8 +577,9 @@ def pack(params, bits, grids=None):
             raise ValueError(f"{name}: its filters have more than two values, 1 bit does not hold them")
         codes = pack_bits((q + 1) / 2 if b == 1 else q + 2 ** (b - 1), b)
         step = params[f"{name}:input_step"].item() if f"{name}:input_step" in params else None
-        return deploy(codes, b, tuple(w.shape), scale.contiguous(), shift, (grids or {}).get(name), step)
-    own = {k: w for k, w in params.items() if ":" not in k}
+        return deploy(codes, b, tuple(w.shape), scale.contiguous(), shift, grids.get(name), step)
+    own, grids = {k: w for k, w in params.items() if ":" not in k}, grids or {}
+    _known(own, [*bits, *grids])
     return {k: w if isinstance(w, Weight) else packed(k, w.detach()) for k, w in own.items()}
 
 def scale_and_shift(model, params, buffers):
@@ -868,8 +885,8 @@ class BC(nn.Module):
         for weight, tensor in zip(self.target_modules, tensors):
             weight.copy_(tensor)   # inside no_grad, yet autograd counts the write: a later backward() raises
     def _check_unchanged(self):
-        pairs = zip(self.target_modules, self._binary or [])
-        if not all(torch.equal(w, b.to(w.device)) for w, b in pairs):
+        same = [(w == b.to(w.device)).all() for w, b in zip(self.target_modules, self._binary or [])]
+        if same and not torch.stack(same).all():
             raise RuntimeError("the weights were changed between binarization() and restore(); that would be "
                                "lost: call optimizer.step() after restore()")
     def save_params(self):

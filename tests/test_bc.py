@@ -1,4 +1,4 @@
-"""The lab's class BC, section 9 of bcq.py, used as the lab sheet uses it."""
+"""The lab's class BC, section 12 of bcq.py, used as the lab sheet uses it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints: section 8 of bcq.py."""
+"""Checkpoints: section 11 of bcq.py."""
 
 import io
 import os

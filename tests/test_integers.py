@@ -117,6 +117,8 @@ LAYERS = [
 def test_a_quantized_convolution_computes_what_float64_says(build, bits, grid, step, kernel, monkeypatch):
     allowed = {"oneDNN": (bcq._onednn, bcq._int_mm), "int_mm": (bcq._int_mm, ), "neither": ()}[kernel]
     real = bcq._exact
+    if allowed and not real(allowed[0], torch.device("cpu")):
+        pytest.skip(f"{kernel} is not exact on this processor")
     monkeypatch.setattr(bcq, "_exact", lambda k, device: k in allowed and real(k, device))
     torch.manual_seed(0)
     layer, x = build(), torch.randn(3, 8, 7, 6, generator=G)

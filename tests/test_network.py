@@ -144,13 +144,22 @@ def test_recalibrate_gives_the_mean_over_batches_of_the_statistics_of_each_batch
 
 
 def test_recalibrate_touches_batch_norm_alone():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(3.0))
+
+        def forward(self, x):
+            return self.factor * x
+
     other = nn.InstanceNorm2d(4, track_running_stats=True)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), other, nn.BatchNorm2d(4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), other, nn.BatchNorm2d(4), Scaled(), nn.BatchNorm2d(4))
     params, buffers = bcq.split(model)
     buffers["1.running_var"] = torch.full((4,), 7.0)
     updated = bcq.recalibrate(model, params, buffers, [batch(0)])
     assert (updated["1.running_var"] > 6).all()
     assert (updated["2.running_var"] != buffers["2.running_var"]).all()
+    assert updated["3.factor"] == 3 and (updated["4.running_var"] > 8).all()   # 3 squared: it was in force
 
 
 def test_a_forward_of_two_inputs_runs_in_half_and_in_mixed_precision():

@@ -63,14 +63,16 @@ def test_muon_takes_a_convolution_as_the_matrix_out_by_in_times_k_times_k():
     assert torch.equal(conv["w"].flatten(1), flat["w"])
 
 
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (20, 20), (8, 3, 3, 3)])
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (20, 20), (3, 8, 27), (2, 3, 27, 8)])
 def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_singular_values_near_one(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, _, v = torch.linalg.svd(g.flatten(1), full_matrices=False)
-    x = bcq.orthogonalize(g).flatten(1)
-    core = u.T @ x @ v.T
-    assert core.diagonal().min() > 0.6 and core.diagonal().max() < 1.3
-    assert (core - core.diagonal().diag()).abs().max() < 0.1
+    x = bcq.orthogonalize(g)
+    assert x.shape == g.shape
+    for before, after in zip(g.view(-1, *shape[-2:]), x.view(-1, *shape[-2:])):
+        u, _, v = torch.linalg.svd(before, full_matrices=False)
+        core = u.T @ after @ v.T
+        assert core.diagonal().min() > 0.6 and core.diagonal().max() < 1.3
+        assert (core - core.diagonal().diag()).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("dtype, error",
@@ -84,6 +86,21 @@ def test_orthogonalize_maps_each_singular_value_by_the_quintic_in_the_dtype_give
     found = bcq.orthogonalize(g, 5, dtype)
     assert found.dtype == torch.float64
     assert (found - u @ s.diag() @ v).abs().max() < error
+
+
+def test_muon_orthogonalizes_layers_of_one_shape_together_and_moves_each_as_if_it_were_alone(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"a": (8, 3, 3, 3), "b": (5, 40), "c": (8, 27), "d": (8, 3, 3, 3), "e": (40, 5)}
+    params, grads = ({k: torch.randn(s, generator=draw) for k, s in shapes.items()} for _ in range(2))
+    init, update = bcq.muon(0.9, dtype=torch.float32)
+    alone = {k: update({k: g}, init({k: g}), {k: params[k]}, 0.1)[0][k] for k, g in grads.items()}
+    stacks, orthogonalize = [], bcq.orthogonalize
+    monkeypatch.setattr(bcq, "orthogonalize", lambda g, *more: stacks.append(g) or orthogonalize(g, *more))
+    deltas, _ = update(grads, init(params), params, 0.1)
+    assert sorted(tuple(g.shape) for g in stacks) == [(1, 5, 40), (1, 40, 5), (3, 8, 27)]
+    assert list(deltas) == list(grads)
+    for k, delta in deltas.items():
+        torch.testing.assert_close(delta, alone[k], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("words, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -339,3 +339,12 @@ def test_an_index_that_does_not_fit_the_bits_is_a_clear_error(tmp_path):
         bcq.save_checkpoint(tmp_path / "y.bcq", it["net"], None, packed=it["packed"])
         with pytest.raises(ValueError, match="y.bcq: its index and its bits do not fit"):
             bcq.load_packed(tmp_path / "y.bcq", Small)
+
+
+def test_names_that_are_not_there_and_real_weights_with_inputs_on_a_grid_are_errors(small):
+    params, _ = bcq.split(small)
+    for bits, grids in (({"conv.wait": 8}, {}), ({}, {"conv.wait": (8, 0)})):
+        with pytest.raises(KeyError, match="conv.wait"):
+            bcq.pack(params, bits, grids)
+    with pytest.raises(ValueError, match="conv.weight"):
+        bcq.pack(params, {}, {"conv.weight": (8, 0)})

@@ -37,6 +37,22 @@ def test_a_compiled_binarize_lets_a_nan_through_as_a_nan():
     assert compiled(torch.tensor([1.0, float("nan"), -1.0])).isnan().tolist() == [False, True, False]
 
 
+QUANTIZERS = [bcq.binarize, lambda w: bcq.binarize_stochastic(w, torch.full_like(w, 0.5)),
+              bcq.binarize_scaled, bcq.binarize_he, bcq.ternarize]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_nan_goes_through_as_a_nan_where_it_cannot_be_an_error(quantizer, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert quantizer(torch.tensor([[1.0, float("nan"), -1.0]])).isnan()[0, 1]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_no_quantizer_waits_for_the_device_of_its_weights(quantizer):
+    w = torch.empty(4, 3, 2, 2, device="meta")   # has no values: to look at one is an error
+    assert quantizer(w).shape == w.shape
+
+
 def test_binarize_stochastic_is_plus_one_exactly_where_u_is_below_the_hard_sigmoid():
     draw = np.random.default_rng(0)
     w, u = draw.uniform(-1.5, 1.5, 1000), draw.uniform(0, 1, 1000)
