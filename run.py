@@ -21,7 +21,7 @@ import time
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from datetime import date, timedelta
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -89,7 +89,9 @@ def preset(mode, model, paper=False, **flags):
     family = [] if mode == "fp32" else ["bc", mode] if mode != "bc" else ["bc"]
     rows = ["paper"] if paper else [model, *family, f"{model} {mode}"]
     own = {k: v for row in rows for k, v in PRESETS.get(row, {}).items()}
-    chosen = {**DEFAULTS, **own, **flags}["optimizer"]
+    usual, chosen = ({**DEFAULTS, **own, **more}["optimizer"] for more in ({}, flags))
+    if chosen != usual:   # the preset's rates are not for it
+        own = {k: v for k, v in own.items() if k not in OPTIMIZERS[usual]}
     settings = {**DEFAULTS, **OPTIMIZERS[chosen], **own, **flags}
     return "paper" if paper else f"{model} {mode}", settings
 
@@ -308,8 +310,14 @@ def split_validation(data, val, subset, seed):
 
 def normalize(x, mean, std):
     """uint8 images to float32 (x / 255 - mean) / std by channel, channels-last in memory."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) * 255 for v in (mean, std))
+    mean, std = (by_channel(tuple(v), x.device) for v in (mean, std))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def by_channel(values, device):
+    """Numbers from 0 to 1 as they meet uint8 images; kept, or a GPU would wait for them in each step."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1) * 255
 
 
 def augment(x, flip, crop, cutout, draw):
@@ -440,7 +448,7 @@ def cores():
 def choose_device(args):
     """The device and the training dtype, 'bf16' or 'fp32', that the flags or the machine ask for."""
     together = int(os.environ.get("LOCAL_WORLD_SIZE", 1))   # torchrun starts each of so many with one thread
-    own = max(1, cores() // (together if args.mode in (*MODES, "sweep") else 1))
+    own = max(1, cores() // (together if args.mode in (*MODES, "sweep") or args.alone else 1))
     torch.set_num_threads(args.threads or (own if together > 1 else min(torch.get_num_threads(), own)))
     try:
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -449,6 +457,7 @@ def choose_device(args):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device}: {one_line(error)}") from None
+    torch.backends.cudnn.allow_tf32 = False   # float32 is float32, as in products of matrices
     if device.type == "cpu":
         keep_memory()
     return device, args.dtype or ("bf16" if fast_bf16(device) else "fp32")
@@ -564,7 +573,7 @@ def synchronized(model, forward):
             dx, d_weight, d_bias = grads
             if d_weight is None or d_bias is None:   # frozen
                 _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                    outer[0], x, own, mean, var, None, None, False, eps, (False, True, True))
+                    outer[0], x, own, mean, var, *[own.new_empty(0)] * 2, False, eps, (False, True, True))
             sums = torch.stack([d_weight, d_bias])
             dist.all_reduce(sums)
             by_weight, by_bias = sums * own * (var + eps).rsqrt() / whole
@@ -686,7 +695,11 @@ def configure(args, data):
     """The whole configuration of a training run, JSON types only."""
     flags = {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer", "w_bits", "a_bits", "mix",
                                         "prune", "real_epochs") if k in args.given}
+    if args.paper and args.mode not in ("fp32", "bc", "bc-stochastic"):
+        raise ValueError(f"--paper: BinaryConnect's recipe is not for --mode {args.mode}")
     name, settings = preset(args.mode, args.model, args.paper, **flags)
+    if settings["schedule"] == "exponential" and not settings["lr"]:
+        raise ValueError("--lr 0: the schedule of --paper falls by a factor, from a rate above 0")
     config = {
         "mode": args.mode, "model": args.model, "width": args.width or default_width(args.model),
         "classes": len(data["classes"]),
@@ -739,13 +752,14 @@ def mixed(x, labels, others, mix, generator):
 
     labels: float (n, classes). mix: "mixup" (Zhang et al. 2018, arXiv:1710.09412), a weighted mean, or
     "cutmix" (Yun et al. 2019, arXiv:1905.04899), a rectangle of the other image; the share uniform in [0, 1].
+    generator: on the CPU, wherever the images are.
     """
-    share = torch.rand((), generator=generator, device=x.device).item()
+    share = torch.rand((), generator=generator).item()
     if mix == "mixup":
         x = share * x + (1 - share) * others[0]
     else:
         size = [round(side * (1 - share) ** 0.5) for side in x.shape[2:]]
-        top, left = (torch.randint(0, side - cut + 1, (), generator=generator, device=x.device).item()
+        top, left = (torch.randint(0, side - cut + 1, (), generator=generator).item()
                      for side, cut in zip(x.shape[2:], size))
         inside = torch.zeros(x.shape[2:], dtype=torch.bool, device=x.device)
         inside[top:top + size[0], left:left + size[1]] = True
@@ -764,7 +778,7 @@ def taught(x, labels, job):
 def compiled(step, backend="inductor"):
     """The training step as one graph; lr becomes a tensor, or each of its values would compile anew."""
     torch._dynamo.config.trace_autograd_ops = True
-    graph = torch.compile(step, fullgraph=True, backend=backend)
+    graph = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
     return lambda params, buffers, opt_state, batch, lr, noise=None: graph(
         params, buffers, opt_state, batch, torch.as_tensor(lr), noise)
 
@@ -781,17 +795,17 @@ def make_images(job):
     """
     config, data, device = job.config, job.dataset, job.device
     seed, size, count = config["seed"], config["batch_size"], len(data["train_y"])
-    mirrored = torch.rand(count, generator=generator(seed, "mirrored")) < 0.5
+    mirrored = (torch.rand(count, generator=generator(seed, "mirrored")) < 0.5).to(device)
+    shuffled = lambda epoch: torch.randperm(count, generator=generator(seed, "order", epoch)).to(device)
+    order = lru_cache(1)(shuffled)   # moved once an epoch: within one, a GPU waits for nothing
 
     def images(epoch, i, rows):
-        order = torch.randperm(count, generator=generator(seed, "order", epoch))
-        chosen = order[i * size:(i + 1) * size][rows]
-        flip = (mirrored[chosen] ^ bool(epoch % 2)).to(device) if config["flip"] else None  # in turns
+        chosen = order(epoch)[i * size:(i + 1) * size][rows]
+        flip = mirrored[chosen] ^ bool(epoch % 2) if config["flip"] else None  # in turns
         own = generator(seed, "augment", epoch, i, device=device)
         draw = lambda high: torch.randint(high, (size, ), generator=own, device=device)[rows]
-        x = data["train_x"][chosen.to(device)]
-        x = prepare(augment(x, flip, config["crop"], config["cutout"], draw), data)
-        labels = data["train_y"][chosen.to(device)]
+        x = prepare(augment(data["train_x"][chosen], flip, config["crop"], config["cutout"], draw), data)
+        labels = data["train_y"][chosen]
         return x, F.one_hot(labels, config["classes"]).float() if config["mix"] or job.teacher else labels
 
     return images
@@ -808,7 +822,9 @@ def make_step(job):
     step_of = lambda names, clip: bcq.make_train_step(job.model, names, job.quantizer, update, loss, clip,
                                                       forward, config["frozen"])
     steps = [step_of([], keep_all), step_of(job.names, MODES[config["mode"]][1])]   # real, low-bit
-    steps = [compiled(step) for step in steps] if job.args.compile else steps
+    if job.args.compile:
+        torch._dynamo.reset()   # a sweep's other cells count against the limit of graphs
+        steps = [compiled(step) for step in steps]
 
     def step(run, lr):
         epoch, i = run["epoch"], run["step"]
@@ -816,7 +832,8 @@ def make_step(job):
         x, labels = images(epoch, i, mine)
         if config["mix"]:
             order = torch.randperm(config["batch_size"], generator=draw("partners"), device=job.device)
-            x, labels = mixed(x, labels, images(epoch, i, order[mine].cpu()), config["mix"], draw("mix"))
+            own = generator(config["seed"], "mix", epoch, i)
+            x, labels = mixed(x, labels, images(epoch, i, order[mine]), config["mix"], own)
         if job.teacher:
             labels = taught(x, labels, job)
         noise = None
@@ -973,13 +990,13 @@ def train_epoch(job, run, interrupted):
               disable=not sys.stderr.isatty() or job.args.rank > 0,
               unit=" steps") as bar:
         while run["step"] < job.steps:
-            here = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
             run, metrics = checked(job, run, job.lr_at(run["epoch"] * job.steps + run["step"]))
             pending.append(metrics)
             if len(pending) == every or run["step"] == job.steps or (interrupted and job.args.world == 1):
                 losses, accuracies = (torch.stack([m[k] for m in pending]).tolist()
                                       for k in ("loss", "accuracy"))
-                if not all(map(math.isfinite, losses)):
+                if bad := [i for i, loss in enumerate(losses) if not math.isfinite(loss)]:
+                    here = f"epoch {run['epoch'] + 1}, step {run['step'] - len(losses) + bad[0] + 1}"
                     raise ValueError(f"{here}: the loss is not finite; {TRY}")
                 run = {**run, "losses": run["losses"] + losses, "accuracies": run["accuracies"] + accuracies}
                 rate = (bar.format_dict["rate"] or 0) * job.config["batch_size"]
@@ -1043,11 +1060,19 @@ def one_folder(args):
     if args.world == 1:
         return find_run(args)
     folder, saved = (None, None) if args.rank else find_run(args)
-    found = [folder, saved is not None]
+    folder, found = of_first(args, (folder, saved is not None))
+    if args.rank and found:
+        saved = bcq.read_checkpoint(folder / "last.pth")
+    return folder, saved
+
+
+def of_first(args, value, device="cpu"):
+    """A nested value as the first process has it, its tensors on the device."""
+    if args.world == 1:
+        return value
+    found = [bcq.to_device(value, "cpu")]
     dist.broadcast_object_list(found)
-    if args.rank and found[1]:
-        saved = bcq.read_checkpoint(found[0] / "last.pth")
-    return found[0], saved
+    return bcq.to_device(found[0], device)
 
 
 def same_start(args, run):
@@ -1111,6 +1136,9 @@ def prepare_job(args, saved):
         if "zca" in its or any(list(its.get(k, v)) != list(v) for k, v in own.items()):
             raise ValueError(f"--teacher {args.teacher}: was trained on images prepared in another way")
         check_network(job.teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
+    if not saved:   # what a model of the user's own has frozen stays so
+        still = [k for k, p in model.named_parameters() if not p.requires_grad]
+        config["frozen"] = [*config["frozen"], *(k for k in still if k not in config["frozen"])]
     params, buffers = bcq.split(job.model)
     check = argparse.Namespace(name=config["model"], model=job.model, forward=bcq.apply, params=params,
                                buffers=buffers)
@@ -1148,6 +1176,7 @@ def apply_method(job, saved):
     else:
         job.start = started(job)
         choose_bits(job)
+        job.start, job.grids = of_first(job.args, (job.start, job.grids), job.device)
     job.masks = bcq.to_device(job.masks, job.device)
     if config["mode"] == "lsq":
         quantizer = {n: bcq.lsq_weights(b) for n, b in job.bits.items()}
@@ -1479,13 +1508,17 @@ def evaluate_checkpoint(args):
 
 def convertible(args, device):
     """The network to convert, in float32. Raises ValueError where the flags ask for what cannot be."""
-    if "a_bits" in args.given:
-        raise ValueError("--a-bits is for --mode lsq; ptq has 8, or --inputs real")
     if args.mode == "ptq" and args.dtype not in ("fp16", "bf16", "int8"):
         raise ValueError("--mode ptq needs --dtype fp16, bf16 or int8")
+    if args.dtype != "int8" and (lost := {"inputs", "fit", "w_bits"} & args.given.keys()):
+        raise ValueError(f"--{min(lost).replace('_', '-')} is for --dtype int8")
+    if args.inputs != "static" and "fit" in args.given:
+        raise ValueError(f"--fit is for --inputs static, not {args.inputs}")
     net = load_network(args.checkpoint, device, args.given.get("model"))
     if net.packed:
         raise ValueError(f"{args.checkpoint}: is packed already")
+    if args.dtype == "int8" and net.meta.get("grids"):
+        raise ValueError(f"{args.checkpoint}: its layers quantize their inputs already: take --mode export")
     if args.record and "config" not in net.meta:
         raise ValueError(f"{args.checkpoint}: does not say how it was trained: nothing to --record")
     return in_fp32(net)
@@ -1867,6 +1900,16 @@ FLAGS = {
 }
 
 
+TRAINING = {flag.strip("-").replace("-", "_") for flag in FLAGS} - {"checkpoint", "inputs", "fit", "images"}
+READING = {"mode", "checkpoint", "model", "dataset", "data_dir", "classes", "device", "threads"}
+TAKES = {   # the flags of the modes that do not train
+    "eval": READING | {"expect"}, "score": READING | {"expect", "record"},
+    "export": READING | {"expect", "record", "out"},
+    "ptq": READING | {"expect", "record", "out", "dtype", "inputs", "fit", "w_bits"},
+    "predict": READING - {"dataset", "data_dir", "classes"} | {"images"},
+    "sweep": TRAINING - {"expect", "record"} | {"images"}}
+
+
 def build_parser():
     """The parser of FLAGS; with --help it shows the presets too."""
     table = {"(all)": DEFAULTS, **{f"({k})": v for k, v in OPTIMIZERS.items()}, **PRESETS}
@@ -1893,22 +1936,24 @@ def parse_arguments(argv):
                            "dtype", "subset", "classes", "expect", "record", "images", "init", "teacher"))
     own = {"inputs": "static", "fit": "min-max", "mode": "bc", "data_dir": "data", "seed": 0,
            "model": "vgg_bc" if "paper" in given else "fast",
-           "paper": False, "compile": False, "rank": int(os.environ.get("RANK", 0)),
+           "paper": False, "compile": False, "alone": False, "rank": int(os.environ.get("RANK", 0)),
            "world": int(os.environ.get("WORLD_SIZE", 1))}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
     for key, value in given.items():
         if value == "":
             raise ValueError(f"--{key.replace('_', '-')}: is empty")
-    if args.record:   # before hours of training, not after
-        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
-        open(args.record, "a").close()
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
-    if args.mode in ("sweep", "predict") and {"expect", "record"} & given.keys():
-        raise ValueError(f"--expect and --record are not for --mode {args.mode}")
+    if lost := [k for k in given if k not in TAKES.get(args.mode, TRAINING)]:
+        raise ValueError(f"--{lost[0].replace('_', '-')} is not for --mode {args.mode}")
+    if isinstance(args.resume, str) and args.out not in (None, args.resume):
+        raise ValueError(f"--resume {args.resume} goes on in its own folder, not in --out {args.out}")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(
             f"--dtype {args.dtype} is for --mode ptq: latent weights in so few bits would lose small updates")
+    if args.record:   # before hours of training, not after
+        Path(args.record).parent.mkdir(parents=True, exist_ok=True)
+        open(args.record, "a").close()
     return args
 
 
@@ -1919,6 +1964,7 @@ def main(argv=None, alone=False):
     """
     try:
         args = parse_arguments(argv)
+        args.alone = alone
         job = {"ptq": convert, "export": convert, "eval": evaluate_checkpoint, "score": score, "sweep": sweep,
                "predict": predict}.get(args.mode, train)
         if args.rank and args.mode not in (*MODES, "sweep") and not alone:

@@ -171,6 +171,9 @@ def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_a
     assert run.preset("bc", "fast")[1]["lr"] == run.OPTIMIZERS["muon"]["lr"]
     assert run.preset("bc", "fast", optimizer="adam")[1]["lr"] == run.OPTIMIZERS["adam"]["lr"]
     assert run.preset("bc", "fast", optimizer="adam", lr=0.5)[1]["lr"] == 0.5
+    for mode in run.MODES:   # whatever rate its preset has for Muon
+        assert run.preset(mode, "fast", optimizer="adam")[1]["lr"] == run.OPTIMIZERS["adam"]["lr"]
+    assert run.preset("lsq", "fast", optimizer="muon")[1]["lr"] == run.PRESETS["fast lsq"]["lr"]
 
 
 def test_the_papers_recipe_runs(tmp_path):
@@ -471,6 +474,16 @@ def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained
         (["--expect", "90"], "--expect"),
         (["--threads", "0"], "--threads"), (["--width", "inf"], "--width"), (["--device", "meta"], "meta"),
     (["--model", "run.py:SHAPES", "--dataset", "shapes"], "run.py"),
+    (["--mode", "bc", "--checkpoint", "x.pth"], "--checkpoint is not for --mode bc"),
+    (["--mode", "eval", "--checkpoint", "x.pth", "--dtype", "bf16"], "--dtype is not for --mode eval"),
+    (["--mode", "export", "--checkpoint", "x.pth", "--w-bits", "4"], "--w-bits is not for --mode export"),
+    (["--mode", "score", "--checkpoint", "x.pth", "--epochs", "4"], "--epochs is not for --mode score"),
+    (["--mode", "ptq", "--dtype", "fp16", "--inputs", "dynamic", "--checkpoint", "x"], "--inputs is for"),
+    (["--mode", "ptq", "--dtype", "int8", "--inputs", "real", "--fit", "min-max", "--checkpoint", "x"],
+     "--fit is for"),
+    (["--resume", "a", "--out", "b"], "not in --out b"),
+    (["--paper", "--mode", "lsq", "--dataset", "shapes"], "not for --mode lsq"),
+    (["--paper", "--lr", "0", "--dataset", "shapes"], "--lr 0"),
     ],
 )
 def test_impossible_words_are_answered_in_one_line(words, part, tmp_path, monkeypatch, capsys):

@@ -139,6 +139,37 @@ def test_the_whole_step_is_one_graph_and_is_never_compiled_again(small, name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_step_compiled_forward_and_backward_leaves_the_state_that_the_eager_one_leaves(small, dtype):
+    params, buffers = bcq.split(small)
+    init, update = bcq.sgd(0.9, nesterov=True)
+    forward = bcq.mixed_precision(dtype) if dtype else bcq.apply
+    step = bcq.make_train_step(small, bcq.quantizable(small), bcq.binarize, update, bcq.cross_entropy(),
+                               forward=forward)
+    compiled = run.compiled(step, backend="aot_eager")   # all but the code generation of the default
+    eager, graph = ((params, buffers, init(params)) for _ in range(2))
+    for i in range(3):
+        *eager, _ = step(*eager, batch(i), 0.05)
+        *graph, _ = compiled(*graph, batch(i), 0.05)
+    tolerance = {"rtol": 0.05, "atol": 0.02} if dtype else {"rtol": 1e-4, "atol": 1e-5}
+    for expected, found in zip(eager, graph):
+        torch.testing.assert_close(found, expected, **tolerance)
+
+
+def test_what_a_model_of_ones_own_has_frozen_stays_as_it_was(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch.nn as nn\n"
+        "def Net(classes):\n"
+        "    model = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Flatten(), nn.Linear(256, classes))\n"
+        "    model[0].requires_grad_(False)\n"
+        "    return model\n")
+    words = [*TINY[:2], *TINY[4:], "--model", f"{tmp_path}/net.py:Net"]
+    job = run.prepare_job(run.parse_arguments([str(w) for w in words]), None)
+    state, _ = job.step(run.fresh(job), 0.1)
+    moved = {k for k, w in job.start[0].items() if not torch.equal(w, state["params"][k])}
+    assert moved == {"2.weight", "2.bias"}
+
+
 def test_a_run_whose_step_is_compiled_trains_the_same_network(tmp_path, monkeypatch):
     counter, compiled = CompileCounter(), run.compiled
     monkeypatch.setattr(run, "compiled", lambda step: compiled(step, backend=counter))

@@ -36,6 +36,8 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             run.write_lines(kept, [[str(w) for w in words]])
             finished(sys.executable, TOP / "run.py", *words, "--out", folder, "--resume", "--record", own)
+        if not own.read_text():
+            parser.error(f"{folder} was tested, but was killed before its record: remove it")
         rows.append(json.loads(own.read_text()))
         if args.record:
             args.record.write(own.read_text())

@@ -17,7 +17,8 @@ import run  # noqa: E402
 
 def machine(device):
     """The device and the training dtype of a benchmark, after run.py's settings for them."""
-    return run.choose_device(argparse.Namespace(device=device, threads=None, dtype=None, mode="benchmark"))
+    return run.choose_device(argparse.Namespace(device=device, threads=None, dtype=None, mode="benchmark",
+                                                alone=False))
 
 
 def record(file, kind, command, device="cpu", **fields):

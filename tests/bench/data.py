@@ -1,4 +1,4 @@
-"""What is no training: images/s of the augmentation alone, the start of run.py, the import of bcq.
+"""What a step of training consists of beside the network, augmentation and update, and how run.py starts.
 
     python tests/bench/data.py [--batch 500] [--rounds 11] [--record FILE]
 """
@@ -30,20 +30,25 @@ def main():
     words = ["--dataset", "shapes", "--device", "cpu", "--batch-size", str(args.batch)]
     job = run.prepare_job(run.parse_arguments(words), None)
     images, rows = run.make_images(job), slice(0, args.batch)
-    weights, state = run.fresh(job)["params"], run.fresh(job)["opt_state"]
+    start = {**run.fresh(job), "epoch": job.config["real_epochs"]}   # with binary weights
+    weights, state = start["params"], start["opt_state"]
     grads = {k: torch.randn_like(w) for k, w in weights.items() if k not in job.config["frozen"]}
     importing = lambda module: lambda: finished(sys.executable, "-c", f"import {module}")
     seconds = {
+        "a whole step of bc": median_seconds(lambda: job.step(start, 0.1)[1]["loss"].item(), args.rounds),
         "augmentation of a batch": median_seconds(lambda: images(0, 0, rows), args.rounds),
         "optimizer's update": median_seconds(lambda: job.update(grads, state, weights, 0.1), args.rounds),
         "import torch": median_seconds(importing("torch"), 3),
         "import bcq": median_seconds(importing("bcq"), 3),
         "run.py --help": median_seconds(lambda: finished(sys.executable, TOP / "run.py", "--help"), 3)}
+    parts = ("augmentation of a batch", "optimizer's update")
     for what, value in seconds.items():
         rate = {"images_per_second": args.batch / value} if "batch" in what else {}
-        print(f"{what:26} {1e3 * value:9.1f} ms", *(f"{r:,.0f} images/s" for r in rate.values()))
+        part = {"share_of_step": value / seconds["a whole step of bc"]} if what in parts else {}
+        print(f"{what:26} {1e3 * value:9.1f} ms", *(f"{r:,.0f} images/s" for r in rate.values()),
+              *(f"{p:.1%} of a step" for p in part.values()))
         record(args.record, "data", f"python tests/bench/data.py --batch {args.batch}", method=what,
-               seconds=value, batch=args.batch, model=job.config["model"], **rate)
+               seconds=value, batch=args.batch, model=job.config["model"], **rate, **part)
 
 
 if __name__ == "__main__":

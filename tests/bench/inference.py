@@ -18,8 +18,9 @@ from common import bcq, machine, models, record, run
 def versions(model, x):
     """The same network in each form: {name: function of nothing that runs it on x}."""
     params, buffers = bcq.split(model)
+    several = x if len(x) > 1 else torch.randn(16, *x.shape[1:], device=x.device)   # statistics of one: none
     for _ in range(2):
-        _, buffers = bcq.apply(model, params, buffers, x, train=True)
+        _, buffers = bcq.apply(model, params, buffers, several, train=True)
     names = bcq.quantizable(model)
     net = argparse.Namespace(model=model, params=params, buffers=buffers, meta={}, packed=False)
     eight = dict.fromkeys(names, 8)
