@@ -1672,6 +1672,9 @@ SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
 
 def cells(words):
     """The runs of a sweep: the flags of each combination of KEY=VALUE,VALUE words, or of files of them."""
+    for word in words:
+        if "=" not in word and not Path(word).is_file():
+            raise ValueError(f"{word}: neither KEY=VALUE,VALUE nor a file of such words")
     words = [w for word in words for w in ([word] if "=" in word else Path(word).read_text().split())]
     pairs = [word.split("=", 1) if "=" in word else (word, "") for word in words]
     grid = dict(pairs)

@@ -86,19 +86,22 @@ def conditions(groups, records):
         return []
     values = lambda key: ", ".join(sorted({str(r[key]) for r in shown}))
     images = f"{shown[0]['train_images']:,} training images, {shown[0]['val_images']:,} held out"
-    trained = [r for r in records if r["kind"] == "train"]
-    other = lambda r: "" if r["device_name"] == MACHINE else f", on {r['device_name']} in {r['dtype']}"
-    runs = {(r["command"], r["commit"] + other(r)) for r in [*trained, *shown]}
     return [
         f"CIFAR-10, 10,000 test images, last epoch; accuracy, size and time are those of the network in the "
         f"deployed file. `{values('model')}` ({shown[0]['parameters']:,} parameters, {shown[0]['macs']:,} "
         f"multiply-accumulates), batch {values('batch')}, {images}; "
         f"{values('device_name')}, {values('threads')} threads, trained in bf16, torch {values('torch')}; "
         f"{values('date')}. Times smaller: than the fp32 file. Training seconds: {times(records)}. "
-        "Everything else is in `records.jsonl`. Commands, and the commits at which they were run:",
-        "",
-        *[f"    {command}   # {commit}" for command, commit in sorted(runs)],
+        "Everything else is in `results/records.jsonl`, the commands and the commits at which they were run "
+        "in `results/commands.txt`.",
     ]
+
+
+def training_commands(groups, records):
+    """The commands behind the tables of networks, and the commits at which they were run, line by line."""
+    runs = [r for r in records if r["kind"] in ("train", "score")] + [r for g in groups.values() for r in g]
+    other = lambda r: "" if r["device_name"] == MACHINE else f", on {r['device_name']} in {r['dtype']}"
+    return sorted({f"{r['command']}   # {r['commit']}{other(r)}" for r in runs})
 
 
 def built_in(records):
@@ -129,40 +132,47 @@ def best_scores(records):
             ] if rows else []
 
 
+INFERENCE = ("fp32", "bf16", "fp16", "int8 static", "int8 dynamic", "xnor", "1-bit weights, packed")
+STEP = ("plain", "lab", "functional", "side-by-side", "plain-compiled", "functional-compiled")
+
+
 def inference(records):
-    """The table of inference times, as Markdown."""
-    rows = latest(records, "inference", "model", "method", "batch")
-    lines = ["", "| inference | batch | ms | images/s | times as fast as fp32 |", "|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(f"| {r['model']}, {r['method']} | {r['batch']} | {1e3 * r['seconds']:.1f} | "
-                     f"{r['images_per_second']:,.0f} | {r['speedup_over_fp32']:.2f} |")
-    rounds = ", ".join(sorted({f"{r['rounds']} rounds at batch {r['batch']}" for r in rows}))
-    return [
-        *lines, "", f"Medians of {rounds}, in turns in one process, eager, random weights; "
-        f"{machine(rows)} Commands:", "", *commands(rows)
-    ]
+    """The table of inference times, a row for each machine, network and batch, as Markdown."""
+    rows = latest(records, "inference", "device_name", "model", "method", "batch")
+    lines = ["", f"| inference, ms | images | {' | '.join(INFERENCE)} |", "|---" * (2 + len(INFERENCE)) + "|"]
+    for (name, model, batch), own in grouped(rows, "device_name", "model", "batch"):
+        ms = {r["method"]: f"{1e3 * r['seconds']:,.1f}" for r in own}
+        lines.append(f"| `{model}`, {name} | {batch} | {' | '.join(ms.get(m, '') for m in INFERENCE)} |")
+    rounds = sorted({r["rounds"] for r in rows})
+    return [*lines, "", f"Medians of {' or '.join(map(str, rounds))} rounds, the versions in turns in one "
+            f"process, eager, random weights; empty: not measured. {machine(rows)} Commands:", "",
+            *commands(rows)]
 
 
 def steps(records):
-    """The table of the time and memory of a training step, as Markdown."""
-    rows = latest(records, "step", "model", "batch", "method")
-    lines = ["", "| a training step | batch | s | over plain | peak memory, MB | over plain |",
-             "|---|---|---|---|---|---|"]
+    """The table of the time and memory of a step, a row for each machine and network, as Markdown."""
+    rows = latest(records, "step", "device_name", "model", "batch", "method")
+    lines = ["", f"| a training step | plain: s, MB | {' | '.join(STEP[1:])} |",
+             "|---" * (1 + len(STEP)) + "|"]
+    for (name, model, batch, dtype), own in grouped(rows, "device_name", "model", "batch", "dtype"):
+        ratios = {r["method"]: f"{r['time_over_plain']:.3f}, {r['memory_over_plain']:.3f}" for r in own}
+        plain = next(r for r in own if r["method"] == "plain")
+        first = f"{plain['seconds']:.3f}, {plain['peak_bytes'] / 1e6:,.0f}"
+        cells = [f"`{model}`, {batch} images, {dtype}, {name}", first, *(ratios.get(m, "") for m in STEP[1:])]
+        lines.append(f"| {' | '.join(cells)} |")
+    rounds = " or ".join(sorted({str(r["rounds"]) for r in rows}))
+    return [*lines, "", "Time and peak memory over plain's. Plain is an ordinary loop with torch.optim, lab "
+            "the loop of the lab sheet, functional `make_train_step`, side-by-side the same with the forward "
+            f"that `run.py` takes in bf16 on a CPU; SGD, eager unless said, medians of {rounds} rounds, each "
+            f"in its own process; empty: not measured. {machine(rows)} Commands:", "", *commands(rows)]
+
+
+def grouped(rows, *keys):
+    """The rows that have the same values of the keys together: pairs (values, rows), in order."""
+    groups = {}
     for r in rows:
-        lines.append(
-            f"| `{r['model']}`, {r['method']} | {r['batch']} | {r['seconds']:.3f} | "
-            f"{r['time_over_plain']:.3f} | {r['peak_bytes'] / 1e6:,.0f} | {r['memory_over_plain']:.3f} |")
-    rounds = ", ".join(sorted({str(r["rounds"]) for r in rows}))
-    return [*lines, "", "Plain is an ordinary loop with torch.optim, lab the loop of the lab sheet, "
-            "functional `make_train_step`, side-by-side the same with the forward that `run.py` takes in "
-            f"bf16 on a CPU; SGD, {rows[0]['dtype']}, eager unless said, medians of {rounds} rounds, each in "
-            f"its own process. {machine(rows)} Commands:", "", *commands(rows)]
-
-
-def by_machine(records, kind, table):
-    """The table that is made of the records of a kind, once for each machine that has some."""
-    names = dict.fromkeys(r["device_name"] for r in records if r["kind"] == kind)
-    return [line for name in names for line in table([r for r in records if r.get("device_name") == name])]
+        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
+    return sorted(groups.items())
 
 
 def latest(records, kind, *keys):
@@ -171,11 +181,14 @@ def latest(records, kind, *keys):
 
 
 def machine(rows):
-    """What figures were measured with, in words."""
-    values = lambda key: ", ".join(sorted({str(r[key]) for r in rows}))
-    threads = values("threads")
-    return (f"{values('device_name')}, {threads} thread{'s' * (threads != '1')}, torch {values('torch')}, "
-            f"commit {values('commit')}, {values('date')}.")
+    """What figures were measured with, in words, machine by machine."""
+    def one(name):
+        values = lambda key: ", ".join(sorted({str(r[key]) for r in rows if r["device_name"] == name}))
+        threads = values("threads")
+        return (f"{name}, {threads} thread{'s' * (threads != '1')}, torch {values('torch')}, commit "
+                f"{values('commit')}, {values('date')}")
+
+    return "; ".join(map(one, dict.fromkeys(r["device_name"] for r in rows))) + "."
 
 
 def commands(rows):
@@ -202,24 +215,28 @@ def time_to_accuracy(records):
 
 def scaling(records):
     """The table of several processes, as Markdown."""
-    rows = latest(records, "scaling", "processes", "threads")
+    rows = latest(records, "scaling", "device_name", "processes", "threads")
     lines = ["", "| processes | threads of each | images/s | times as fast | test accuracy, % |",
              "|---|---|---|---|---|"]
     for r in rows:
-        lines.append(f"| {r['processes']} | {r['threads']} | {r['images_per_second']:,.0f} | "
-                     f"{r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
-    return [*lines, "", f"`{rows[0]['model']}`, gloo, {rows[0]['dtype']}, epochs: {rows[0]['epochs']} of "
-            f"{rows[0]['train_images']:,} images, batch {rows[0]['batch']} in all. {machine(rows)} Command:",
-            "", *commands(rows)]
+        lines.append(f"| {r['processes']}, {r['device_name']}, {r['dtype']} | {r['threads']} | "
+                     f"{r['images_per_second']:,.0f} | {r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
+    what = dict.fromkeys(f"{r['epochs']} of {r['train_images']:,} images in {r['dtype']}" for r in rows)
+    return [*lines, "", f"`{rows[0]['model']}`, gloo, batch {rows[0]['batch']} in all; epochs: "
+            f"{', '.join(what)}. {machine(rows)} Commands:", "", *commands(rows)]
 
 
 def beside(records):
-    """The table of what takes time beside the training, as Markdown."""
-    rows = latest(records, "data", "method")
-    lines = ["", "| beside the training | ms | images/s |", "|---|---|---|"]
-    for r in rows:
-        rate = f"{r['images_per_second']:,.0f}" if "images_per_second" in r else ""
-        lines.append(f"| {r['method']} | {1e3 * r['seconds']:,.1f} | {rate} |")
+    """The table of what takes time beside the training, a column for each machine, as Markdown."""
+    rows = latest(records, "data", "device_name", "method")
+    names = list(dict.fromkeys(r["device_name"] for r in rows))
+    lines = ["", f"| beside the training, ms | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        own = {r["device_name"]: r for r in rows if r["method"] == method}
+        rate = lambda r: f", {r['images_per_second']:,.0f} images/s" if "images_per_second" in r else ""
+        part = lambda r: f", {r['share_of_step']:.1%} of a step" if "share_of_step" in r else ""
+        cells = [f"{1e3 * r['seconds']:,.1f}{rate(r)}{part(r)}" if r else "" for r in map(own.get, names)]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return [*lines, "", f"Medians. {machine(rows)} Command:", "", *commands(rows)]
 
 
@@ -276,21 +293,24 @@ def figure(groups):
 
 
 def main():
-    """Rewrites the part of the README between the two marks, and the figure."""
+    """Rewrites the parts of the README between marks, the list of commands, and the figures."""
     lines = (HERE / "records.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines if line.strip()]
     groups = published(records)
-    readme = HERE.parent / "README.md"
-    start, end = "<!-- results: made by python results/tables.py, do not edit -->", "<!-- end of results -->"
-    before, rest = readme.read_text().split(start)
-    _, after = rest.split(end)
-    made = [*table(groups), "", *conditions(groups, records), *built_in(records), *best_scores(records),
-            *by_machine(records, "inference", inference),
-            *by_machine(records, "time-to-accuracy", time_to_accuracy), *by_machine(records, "step", steps),
-            *by_machine(records, "scaling", scaling), *by_machine(records, "data", beside)]
+    sections = {
+        "results": [*table(groups), "", *conditions(groups, records), *built_in(records),
+                    *best_scores(records), *time_to_accuracy(records)],
+        "benchmarks": [*steps(records), *inference(records), *scaling(records), *beside(records)]}
+    (HERE / "commands.txt").write_text("\n".join([*training_commands(groups, records), ""]))
     figure(groups)
     time_figure(records)
-    readme.write_text("\n".join([before + start, "", *made, "", end]) + after)
+    readme = HERE.parent / "README.md"
+    text = readme.read_text()
+    for name, lines in sections.items():
+        start, end = f"<!-- {name}: made by python results/tables.py, do not edit -->", f"<!-- end of {name}"
+        before, rest = text.split(start)
+        text = "\n".join([before + start, "", *lines, "", end]) + rest.split(end)[1]
+    readme.write_text(text)
 
 
 if __name__ == "__main__":
