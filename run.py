@@ -536,6 +536,21 @@ def averaged(optimizer):
     return init, mean_update
 
 
+def whole_moments(x, own, norm):
+    """The mean and the variance of each channel of x over all processes, float64; own: as many values."""
+    share = x.numel() // len(own)
+    first, second = torch.zeros_like(own), torch.zeros_like(own)
+    if share > 1:   # it writes them: the fastest way to a variance
+        norm(x, first, second, None, None, True, 1.0, 1e-5)
+    else:
+        first = x.flatten()
+    first, second = first.double(), second.double() * (share - 1) / share
+    moments = torch.stack([first, second + first.square()])   # in double, or the squares would cancel
+    dist.all_reduce(moments)
+    first, second = moments / dist.get_world_size()
+    return first, (second - first.square()).clamp(min=0)
+
+
 def synchronized(model, forward):
     """A forward to pass in place of another: batch norm by the mean and the variance over all processes.
 
@@ -550,19 +565,9 @@ def synchronized(model, forward):
     def normalize(own, norm, x, mean, var, weight, bias, training, momentum, eps):
         if not training:
             return norm(x, mean, var, own, bias, False, momentum, eps)
-        share = x.numel() // len(own)
-        whole = share * dist.get_world_size()
+        whole = x.numel() // len(own) * dist.get_world_size()
         with torch.no_grad():
-            first, second = torch.zeros_like(own), torch.zeros_like(own)
-            if share > 1:   # it writes them: the fastest way to a variance
-                norm(x, first, second, None, None, True, 1.0, eps)
-            else:
-                first = x.flatten()
-            first, second = first.double(), second.double() * (share - 1) / share
-            moments = torch.stack([first, second + first.square()])   # in double, or the squares would cancel
-            dist.all_reduce(moments)
-            first, second = moments / dist.get_world_size()
-            spread = (second - first.square()).clamp(min=0)
+            first, spread = whole_moments(x, own, norm)
             for t, new in ((mean, first), (var, spread * whole / (whole - 1))):
                 if t is not None:   # of this call, as apply gives them: batch norm writes into them
                     t.copy_((1 - momentum) * t + momentum * new)

@@ -139,32 +139,42 @@ STEP = ("plain", "lab", "functional", "side-by-side", "plain-compiled", "functio
 def inference(records):
     """The table of inference times, a row for each machine, network and batch, as Markdown."""
     rows = latest(records, "inference", "device_name", "model", "method", "batch")
-    lines = ["", f"| inference, ms | images | {' | '.join(INFERENCE)} |", "|---" * (2 + len(INFERENCE)) + "|"]
+    lines = ["", f"| inference, ms | images | {' | '.join(INFERENCE)} | spread, % |",
+             "|---" * (3 + len(INFERENCE)) + "|"]
     for (name, model, batch), own in grouped(rows, "device_name", "model", "batch"):
         ms = {r["method"]: f"{1e3 * r['seconds']:,.1f}" for r in own}
-        lines.append(f"| `{model}`, {name} | {batch} | {' | '.join(ms.get(m, '') for m in INFERENCE)} |")
+        cells = [f"`{model}`, {name}", str(batch), *(ms.get(m, "") for m in INFERENCE), typical_spread(own)]
+        lines.append(f"| {' | '.join(cells)} |")
     rounds = sorted({r["rounds"] for r in rows})
     return [*lines, "", f"Medians of {' or '.join(map(str, rounds))} rounds, the versions in turns in one "
-            f"process, eager, random weights; empty: not measured. {machine(rows)} Commands:", "",
-            *commands(rows)]
+            "process, eager, random weights; spread: by how much the slowest round was over the fastest, the "
+            f"median of the versions; empty: not measured. {machine(rows)} Commands:", "", *commands(rows)]
 
 
 def steps(records):
     """The table of the time and memory of a step, a row for each machine and network, as Markdown."""
     rows = latest(records, "step", "device_name", "model", "batch", "method")
-    lines = ["", f"| a training step | plain: s, MB | {' | '.join(STEP[1:])} |",
-             "|---" * (1 + len(STEP)) + "|"]
+    lines = ["", f"| a training step | plain: s, MB | {' | '.join(STEP[1:])} | spread, % |",
+             "|---" * (2 + len(STEP)) + "|"]
     for (name, model, batch, dtype), own in grouped(rows, "device_name", "model", "batch", "dtype"):
         ratios = {r["method"]: f"{r['time_over_plain']:.3f}, {r['memory_over_plain']:.3f}" for r in own}
         plain = next(r for r in own if r["method"] == "plain")
         first = f"{plain['seconds']:.3f}, {plain['peak_bytes'] / 1e6:,.0f}"
-        cells = [f"`{model}`, {batch} images, {dtype}, {name}", first, *(ratios.get(m, "") for m in STEP[1:])]
+        cells = [f"`{model}`, {batch} images, {dtype}, {name}", first]
+        cells += [*(ratios.get(m, "") for m in STEP[1:]), typical_spread(own)]
         lines.append(f"| {' | '.join(cells)} |")
     rounds = " or ".join(sorted({str(r["rounds"]) for r in rows}))
     return [*lines, "", "Time and peak memory over plain's. Plain is an ordinary loop with torch.optim, lab "
             "the loop of the lab sheet, functional `make_train_step`, side-by-side the same with the forward "
             f"that `run.py` takes in bf16 on a CPU; SGD, eager unless said, medians of {rounds} rounds, each "
-            f"in its own process; empty: not measured. {machine(rows)} Commands:", "", *commands(rows)]
+            f"in its own process; spread as in the next table; empty: not measured. {machine(rows)} "
+            "Commands:", "", *commands(rows)]
+
+
+def typical_spread(rows):
+    """By how many percent the slowest round was over the fastest, the median of rows; empty if unknown."""
+    spreads = [100 * (r["seconds_high"] / r["seconds_low"] - 1) for r in rows if "seconds_low" in r]
+    return f"{statistics.median(spreads):.0f}" if spreads else ""
 
 
 def grouped(rows, *keys):

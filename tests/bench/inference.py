@@ -79,7 +79,8 @@ def main():
               f"{fp32 / value:10.2f}")
         record(args.record, "inference", f"python tests/bench/inference.py --model {args.model} "
                f"--batch {args.batch}", device, method=name, model=args.model, batch=args.batch,
-               seconds=value, images_per_second=args.batch / value, speedup_over_fp32=fp32 / value,
+               seconds=value, seconds_low=low / 1e3, seconds_high=high / 1e3,
+               images_per_second=args.batch / value, speedup_over_fp32=fp32 / value,
                rounds=args.rounds)
 
 

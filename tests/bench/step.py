@@ -120,6 +120,7 @@ def main():
         record(args.record, "step", f"python tests/bench/step.py --model {args.model} --batch {args.batch}"
                + ("" if default else f" --methods {' '.join(args.methods)}"), method=method,
                model=args.model, batch=args.batch, **m, **ratios, rounds=args.rounds,
+               seconds_low=min(seconds), seconds_high=max(seconds),
                dtype=results[method][0]["dtype"])
 
 
