@@ -885,8 +885,8 @@ class BC(nn.Module):
         for weight, tensor in zip(self.target_modules, tensors):
             weight.copy_(tensor)   # inside no_grad, yet autograd counts the write: a later backward() raises
     def _check_unchanged(self):
-        same = [(w == b.to(w.device)).all() for w, b in zip(self.target_modules, self._binary or [])]
-        if same and not torch.stack(same).all():
+        pairs = zip(self.target_modules, self._binary or [])
+        if not all(torch.equal(w, b.to(w.device)) for w, b in pairs):
             raise RuntimeError("the weights were changed between binarization() and restore(); that would be "
                                "lost: call optimizer.step() after restore()")
     def save_params(self):

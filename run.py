@@ -700,11 +700,7 @@ def configure(args, data):
     """The whole configuration of a training run, JSON types only."""
     flags = {k: args.given[k] for k in ("epochs", "batch_size", "lr", "optimizer", "w_bits", "a_bits", "mix",
                                         "prune", "real_epochs") if k in args.given}
-    if args.paper and args.mode not in ("fp32", "bc", "bc-stochastic"):
-        raise ValueError(f"--paper: BinaryConnect's recipe is not for --mode {args.mode}")
     name, settings = preset(args.mode, args.model, args.paper, **flags)
-    if settings["schedule"] == "exponential" and not settings["lr"]:
-        raise ValueError("--lr 0: the schedule of --paper falls by a factor, from a rate above 0")
     config = {
         "mode": args.mode, "model": args.model, "width": args.width or default_width(args.model),
         "classes": len(data["classes"]),
@@ -972,7 +968,7 @@ TRY = "try a lower --lr, or --dtype fp32; the last good checkpoint is kept"
 
 
 def checked(job, run, lr):
-    """A step of the job. Raises ValueError that says where, if the weights have become NaN."""
+    """A step of the job. Raises ValueError that says where, if a quantizer finds a NaN: on a CPU, eager."""
     try:
         return job.step(run, lr)
     except ValueError as error:
@@ -1181,7 +1177,9 @@ def apply_method(job, saved):
     else:
         job.start = started(job)
         choose_bits(job)
-        job.start, job.grids = of_first(job.args, (job.start, job.grids), job.device)
+        steps = {k: w for k, w in job.start[0].items() if ":" in k}
+        steps, job.grids, job.masks = of_first(job.args, (steps, job.grids, job.masks), job.device)
+        job.start = ({**job.start[0], **steps}, job.start[1])
     job.masks = bcq.to_device(job.masks, job.device)
     if config["mode"] == "lsq":
         quantizer = {n: bcq.lsq_weights(b) for n, b in job.bits.items()}
@@ -1390,7 +1388,8 @@ def record(args, kind, path, config, accuracy, device, dtype, train_seconds, tra
     if not net.packed:   # not taken on trust: a layer of 1 bit has one magnitude in a filter
         flat = {k: net.params[k].abs().flatten(1) for k in bits}
         bits = {k: b for k, b in bits.items() if b > 1 or (flat[k] == flat[k][:, :1]).all()}
-    counted = costs(net.model, *packed(net, bits))
+    grids = {k: grid for k, grid in net.meta.get("grids", {}).items() if k in bits}
+    counted = costs(net.model, *packed(net, bits, grids))
     whole, size = fp32_bytes(net), path.stat().st_size
     line = {
         "kind": kind, "mode": config["mode"], "dataset": config["dataset"], "model": config["model"],
@@ -1678,7 +1677,7 @@ SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
 def cells(words):
     """The runs of a sweep: the flags of each combination of KEY=VALUE,VALUE words, or of files of them."""
     for word in words:
-        if "=" not in word and not Path(word).is_file():
+        if "=" not in word and (not Path(word).exists() or Path(word).is_dir()):
             raise ValueError(f"{word}: neither KEY=VALUE,VALUE nor a file of such words")
     words = [w for word in words for w in ([word] if "=" in word else Path(word).read_text().split())]
     pairs = [word.split("=", 1) if "=" in word else (word, "") for word in words]
@@ -1915,7 +1914,7 @@ TAKES = {   # the flags of the modes that do not train
     "export": READING | {"expect", "record", "out"},
     "ptq": READING | {"expect", "record", "out", "dtype", "inputs", "fit", "w_bits"},
     "predict": READING - {"dataset", "data_dir", "classes"} | {"images"},
-    "sweep": TRAINING - {"expect", "record"} | {"images"}}
+    "sweep": TRAINING - {"expect", "record", "resume"} | {"images"}}
 
 
 def build_parser():
@@ -1954,7 +1953,12 @@ def parse_arguments(argv):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
     if lost := [k for k in given if k not in TAKES.get(args.mode, TRAINING)]:
         raise ValueError(f"--{lost[0].replace('_', '-')} is not for --mode {args.mode}")
-    if isinstance(args.resume, str) and args.out not in (None, args.resume):
+    if args.paper and args.mode not in ("fp32", "bc", "bc-stochastic", "sweep"):
+        raise ValueError(f"--paper: BinaryConnect's recipe is not for --mode {args.mode}")
+    if args.paper and given.get("lr") == 0:
+        raise ValueError("--lr 0: the schedule of --paper falls by a factor, from a rate above 0")
+    places = {Path(folder).resolve() for folder in (args.resume, args.out) if isinstance(folder, str)}
+    if isinstance(args.resume, str) and len(places) > 1:
         raise ValueError(f"--resume {args.resume} goes on in its own folder, not in --out {args.out}")
     if args.mode in MODES and args.dtype in ("fp16", "int8"):
         raise ValueError(

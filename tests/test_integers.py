@@ -119,6 +119,12 @@ def test_a_quantized_convolution_computes_what_float64_says(build, bits, grid, s
     real = bcq._exact
     if allowed and not real(allowed[0], torch.device("cpu")):
         pytest.skip(f"{kernel} is not exact on this processor")
+    called = []
+    spy = lambda name, used: monkeypatch.setattr(
+        bcq, name, lambda *args: called.append(used.__name__) or used(*args))
+    spy("_float_mm", bcq._int_mm if kernel == "int_mm" else bcq._float_mm)   # on a CPU the first is for VNNI
+    spy("_onednn", bcq._onednn)
+    allowed = (bcq._onednn, ) if kernel == "oneDNN" else ()
     monkeypatch.setattr(bcq, "_exact", lambda k, device: k in allowed and real(k, device))
     torch.manual_seed(0)
     layer, x = build(), torch.randn(3, 8, 7, 6, generator=G)
@@ -130,6 +136,8 @@ def test_a_quantized_convolution_computes_what_float64_says(build, bits, grid, s
     expected = simulated_in_float64(layer, packed, x, grid, step)
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = {"oneDNN": "_onednn", "int_mm": "_int_mm", "neither": "_float_mm"}[kernel]
+    assert set(called) == {expected} or (layer.groups > 1 and not called)   # by groups: float64
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (16, )])

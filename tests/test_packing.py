@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import Small, same
+from conftest import Small, batch, same
 from torch import nn
 
 import bcq
@@ -348,3 +348,17 @@ def test_names_that_are_not_there_and_real_weights_with_inputs_on_a_grid_are_err
             bcq.pack(params, bits, grids)
     with pytest.raises(ValueError, match="conv.weight"):
         bcq.pack(params, {}, {"conv.weight": (8, 0)})
+
+
+def test_a_deployed_weight_is_unpacked_once_and_still_computes_what_its_bits_say(small, monkeypatch):
+    params, buffers = bcq.split(small)
+    names = bcq.quantizable(small)
+    signs = bcq.quantize_params(params, names, bcq.binarize_scaled)
+    unpacked, integers = [], bcq.integers
+    monkeypatch.setattr(bcq, "integers", lambda **parts: unpacked.append(parts) or integers(**parts))
+    packed = bcq.pack(signs, dict.fromkeys(names, 1))
+    for seed in range(3):
+        x, _ = batch(seed)
+        found, expected = (bcq.apply(small, p, buffers, x)[0] for p in (packed, signs))
+        torch.testing.assert_close(found, expected)
+    assert len(unpacked) == len(names)

@@ -242,3 +242,15 @@ def test_a_run_begins_with_the_weights_of_the_first_process(monkeypatch):
     assert not sent
     run.same_start(SimpleNamespace(world=2), state)
     assert sent == [((2,), 0), ((3,), 0), ((2,), 0)]
+
+
+def test_learned_steps_grids_and_masks_are_those_of_the_first_process(monkeypatch):
+    steps, grids, masks = {"convs.1.weight:step": torch.tensor(0.5)}, {"convs.1.weight": (4, 3)}, {}
+    monkeypatch.setattr(run.dist, "barrier", lambda: None)
+    monkeypatch.setattr(run.dist, "broadcast_object_list", lambda found: found.__setitem__(
+        0, (steps, grids, masks)))
+    args = run.parse_arguments([*TINY, "--mode", "lsq"])
+    args.world, args.rank = 2, 1
+    job = run.prepare_job(args, None)
+    assert job.start[0]["convs.1.weight:step"] == 0.5 and job.grids == grids and job.masks == masks
+    assert job.start[0]["convs.2.weight:step"] != 0.5

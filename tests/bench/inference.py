@@ -77,8 +77,9 @@ def main():
         low, high = 1e3 * min(seconds[name]), 1e3 * max(seconds[name])
         print(f"{name:24} {1e3 * value:9.2f} {f'{low:.2f} to {high:.2f}':>18} {args.batch / value:10,.0f} "
               f"{fp32 / value:10.2f}")
-        record(args.record, "inference", f"python tests/bench/inference.py --model {args.model} "
-               f"--batch {args.batch}", device, method=name, model=args.model, batch=args.batch,
+        words = f"--batch {args.batch}" + f" --rounds {args.rounds}" * (args.rounds != 11)
+        record(args.record, "inference", f"python tests/bench/inference.py --model {args.model} {words}",
+               device, method=name, model=args.model, batch=args.batch,
                seconds=value, seconds_low=low / 1e3, seconds_high=high / 1e3,
                images_per_second=args.batch / value, speedup_over_fp32=fp32 / value,
                rounds=args.rounds)

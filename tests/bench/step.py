@@ -118,6 +118,7 @@ def main():
               f"{f'{min(seconds):.3f} to {max(seconds):.3f}':>15} {m['peak_bytes'] / 1e6:9.0f} "
               f"{ratios['memory_over_plain']:11.3f}")
         record(args.record, "step", f"python tests/bench/step.py --model {args.model} --batch {args.batch}"
+               + f" --rounds {args.rounds}" * (args.rounds != 3)
                + ("" if default else f" --methods {' '.join(args.methods)}"), method=method,
                model=args.model, batch=args.batch, **m, **ratios, rounds=args.rounds,
                seconds_low=min(seconds), seconds_high=max(seconds),
