@@ -271,7 +271,7 @@ def time_figure(records):
     axes.axhline(100 * PAPER, color="gray", linestyle="--")
     axes.annotate("BinaryConnect as published, 90.10", (1, 100 * PAPER), xycoords=("axes fraction", "data"),
                   textcoords="offset points", ha="right", xytext=(-4, -11), color="gray", fontsize=9)
-    axes.set(xlabel="training on two CPU cores, minutes", ylabel="test accuracy on CIFAR-10, %")
+    axes.set(xlabel="training on two CPU cores with AMX, minutes", ylabel="test accuracy on CIFAR-10, %")
     axes.margins(x=0.2, y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     plt.savefig(HERE / "time.png", dpi=130)
