@@ -424,9 +424,10 @@ def test_a_command_is_recorded_without_the_folders_of_the_machine():
 
 
 def test_a_flag_that_is_typed_counts_even_with_a_value_like_none_or_the_default():
-    args = run.parse_arguments(["--lr", "0", "--paper", "--model", "fast"])
-    assert args.given == {"lr": 0.0, "paper": True, "model": "fast"} and args.model == "fast"
+    args = run.parse_arguments(["--lr", "0", "--model", "fast"])
+    assert args.given == {"lr": 0.0, "model": "fast"} and args.model == "fast"
     assert run.parse_arguments(["--paper"]).model == "vgg_bc"
+    assert run.parse_arguments(["--paper", "--model", "fast"]).model == "fast"
 
 
 def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained, tmp_path):
