@@ -715,8 +715,8 @@ def configure(args, data):
     if config["real_epochs"] and (args.mode in ("lsq", "xnor") or config["prune"]):
         raise ValueError(f"--real-epochs is for weights alone: not for --mode {args.mode} with quantized "
                          "inputs, nor with --prune; --init starts from a real network")
-    if args.mode != "lsq" and {"w_bits", "a_bits"} & args.given.keys():
-        raise ValueError("--w-bits and --a-bits are for --mode lsq and ptq")
+    if args.mode != "lsq" and (lost := {"w_bits", "a_bits"} & args.given.keys()):
+        raise ValueError(f"--{max(lost).replace('_', '-')} is not for --mode {args.mode}")
     total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
@@ -798,7 +798,7 @@ def make_images(job):
     seed, size, count = config["seed"], config["batch_size"], len(data["train_y"])
     mirrored = (torch.rand(count, generator=generator(seed, "mirrored")) < 0.5).to(device)
     shuffled = lambda epoch: torch.randperm(count, generator=generator(seed, "order", epoch)).to(device)
-    order = lru_cache(1)(shuffled)   # moved once an epoch: within one, a GPU waits for nothing
+    order = lru_cache(1)(shuffled)   # moved once an epoch, or a GPU would wait for it at each step
 
     def images(epoch, i, rows):
         chosen = order(epoch)[i * size:(i + 1) * size][rows]
@@ -1974,6 +1974,7 @@ def main(argv=None, alone=False):
 
     alone: whatever torchrun says, this is no part of a run of several processes.
     """
+    args = None
     try:
         args = parse_arguments(argv)
         args.alone = alone
@@ -1987,7 +1988,8 @@ def main(argv=None, alone=False):
             warnings.simplefilter("ignore")
             return job(args)
     except (ValueError, OSError) as error:
-        print(f"run.py: {one_line(error)}", file=sys.stderr)
+        if args or alone or not int(os.environ.get("RANK", 0)):   # wrong words are found by every process
+            print(f"run.py: {one_line(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("run.py: stopped", file=sys.stderr)
         return 130

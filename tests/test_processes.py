@@ -93,6 +93,11 @@ def test_an_image_is_augmented_alike_whichever_process_has_it():
         assert torch.equal(x, whole[rows]) and torch.equal(y, labels[rows])
 
 
+def test_wrong_words_are_answered_by_the_first_process_alone():
+    result = torchrun(2, "--mode", "bc", "--nonsense")
+    assert result.returncode and result.stderr.count("run.py: unrecognized arguments: --nonsense") == 1
+
+
 def test_a_batch_that_has_no_equal_shares_is_answered_in_one_line():
     args = run.parse_arguments([*TINY, "--batch-size", "50"])
     args.rank, args.world = 0, 4
