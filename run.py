@@ -47,18 +47,19 @@ OPTIMIZERS = {
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
                 w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
                 latents="model", frozen=[], real_epochs=0, flip=True, crop=4, cutout=0, recalibrate=0,
-                zca=False)
+                whitening=None)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", frozen=["stem.weight"], smoothing=0.2, crop=3,
                  recalibrate=5000),
     "bc": dict(weight_decay=0.0),
-    "fast bc": dict(epochs=9, real_epochs=3, frozen=["stem.weight", "stem_norm.weight", "stem_norm.bias"]),
+    "fast bc": dict(epochs=9, real_epochs=3, whitening="colours",
+                    frozen=["stem.weight", "stem_norm.weight", "stem_norm.bias"]),
     "fast bc-stochastic": dict(lr=2.0, rest_lr=0.375),   # latents near the bound: clear probabilities
     "xnor": dict(act="hardtanh"),
     "lsq": dict(w_bits=4, a_bits=4),
     "fast lsq": dict(lr=0.05, frozen=[]),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", schedule="exponential", lr_end=2e-6,
-                  loss="square hinge", latents="uniform", flip=False, crop=0, zca=True),
+                  loss="square hinge", latents="uniform", flip=False, crop=0, whitening="zca"),
 }
 def keep_all(params, names):
     """No clip: where weights are scaled, the latent ones set the scale, and have no bound."""
@@ -122,6 +123,7 @@ STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 }
+PREPARED = ("mean", "std", "zca", "colours")   # how images are prepared: kept with a network
 SHAPES = ("circle", "square", "triangle", "ring", "plus", "cross", "crescent", "stripes", "checkers",
           "two dots")
 
@@ -311,7 +313,7 @@ def split_validation(data, val, subset, seed):
 def normalize(x, mean, std):
     """uint8 images to float32 (x / 255 - mean) / std by channel, channels-last in memory."""
     mean, std = (by_channel(tuple(v), x.device) for v in (mean, std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return (x - mean) / std
 
 
 @cache
@@ -346,6 +348,12 @@ def batches(data, split, size=500):
         yield prepare(x[i:i + size], data), y[i:i + size]
 
 
+def whitening(x, bias):
+    """The symmetric matrix W that gives rows x (n, k), of mean 0, a covariance near 1 as x @ W (ZCA)."""
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    return vectors / (values.clamp(min=0) + bias).sqrt() @ vectors.T
+
+
 def fit_zca(x, bias=0.1):
     """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean,
     matrix).
@@ -355,8 +363,19 @@ def fit_zca(x, bias=0.1):
     """
     flat = contrast(x)
     mean = flat.mean(0)
-    values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
-    return mean, vectors / (values.clamp(min=0) + bias).sqrt() @ vectors.T
+    return mean, whitening(flat - mean, bias)
+
+
+def fit_colours(x, bias=1e-5):
+    """The same for colours alone, fitted to all pixels alike: (mean (c,), matrix (c, c)), for x / 255.
+
+    A layer of +-1 weights cannot subtract what is common to red, green and blue from what is not; here the
+    faint differences of colours have come up to the brightness, as by the whitening of airbench94's first
+    layer. x: uint8 (n, c, h, w). bias: a variance, for grey images.
+    """
+    pixels = rearrange(x.double() / 255, "n c h w -> (n h w) c")
+    mean = pixels.mean(0)
+    return mean.float(), whitening(pixels - mean, bias).float()
 
 
 def contrast(x, scale=55.0):
@@ -366,12 +385,25 @@ def contrast(x, scale=55.0):
     return scale * flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
 
+def same_preparation(data, other):
+    """Whether prepare does the same with two data sets, or with what checkpoints say of them."""
+    keys = lambda d: next(([k] for k in ("zca", "colours") if k in d), ["mean", "std"])
+    numbers = lambda d: torch.cat([torch.as_tensor(v).double().cpu().flatten()
+                                   for v in tree_leaves([d[k] for k in keys(d)])])
+    return keys(data) == keys(other) and torch.equal(numbers(data), numbers(other))
+
+
 def prepare(x, data):
-    """uint8 images as the network takes them: normalised by channel, or whitened where data has a zca."""
-    if "zca" not in data:
-        return normalize(x, data["mean"], data["std"])
-    mean, matrix = data["zca"]
-    return ((contrast(x) - mean) @ matrix).view(x.shape).contiguous(memory_format=torch.channels_last)
+    """uint8 images as the network takes them: normalised by channel, or whitened where data says how."""
+    if "zca" in data:
+        mean, matrix = data["zca"]
+        x = ((contrast(x) - mean) @ matrix).view(x.shape)
+    elif "colours" in data:
+        mean, matrix = data["colours"]
+        x = torch.einsum("dc, nchw -> ndhw", matrix, x / 255 - mean.view(-1, 1, 1))
+    else:
+        x = normalize(x, data["mean"], data["std"])
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -870,7 +902,7 @@ def save(path, job, run, **meta):
     """Writes a checkpoint: net is what the network computes with, latent what is trained."""
     net = bcq.state_dict(job.model, deployed(run["params"], job), run["buffers"])
     steps = {k: step for k, step in run["params"].items() if ":" in k}
-    preprocessing = {k: job.dataset[k] for k in ("mean", "std", "zca") if k in job.dataset}
+    preprocessing = {k: job.dataset[k] for k in PREPARED if k in job.dataset}
     bcq.save_checkpoint(path, net, job.hyperparam, latent=run["params"] if job.names else {}, names=job.names,
                         mode=job.config["mode"], dataset=job.config["dataset"], config=job.config,
                         classes=job.dataset["classes"], train_images=len(job.dataset["train_y"]),
@@ -1047,7 +1079,7 @@ def find_run(args):
             raise ValueError(f"{folder}: no run to resume there (no last.pth)")
         content = bcq.read_checkpoint(saved)
         needed = {"state", "config", "source", "names", "bits", "grids", "masks", "first_steps"}
-        if not needed <= content.keys() or "real_epochs" not in content["config"]:
+        if not needed <= content.keys() or "whitening" not in content["config"]:
             raise ValueError(f"{saved}: a checkpoint, but not of a run to resume with this version")
         return folder, content
     if saved.exists() or (folder / "model.pth").exists():
@@ -1117,26 +1149,31 @@ def prepare_job(args, saved):
     if args.compile and args.world > 1:
         raise ValueError("--compile is for one process: the collectives of several break the graph")
     device, dtype = choose_device(args)
+    net_of = lambda path, name=None: path and in_fp32(load_network(path, device, name))
+    teacher, init = net_of(args.teacher), None if saved else net_of(args.init, args.model)
     data = one_first(args, lambda: load_data(args.dataset, args.data_dir, args.classes))
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
-    data = split_validation(data, config["val"], config["subset"], config["seed"])
+    whole, data = data["train_x"], split_validation(data, config["val"], config["subset"], config["seed"])
     config = adapt_batch(config, len(data["train_y"]), "batch_size" in args.given)
     if config["batch_size"] % args.world:
         raise ValueError(f"a batch of {config['batch_size']} images has no equal shares for {args.world} "
                          "processes: give another --batch-size")
-    if config["zca"]:
-        data["zca"] = saved["zca"] if saved else fit_zca(data["train_x"])
+    known = saved or (init or teacher or argparse.Namespace(meta={})).meta
+    if init or teacher:   # images as that network knows them
+        config["whitening"] = next((k for k in ("zca", "colours") if k in known), None)
+    if way := config["whitening"]:
+        fit = {"zca": lambda: fit_zca(data["train_x"]),
+               "colours": lambda: fit_colours(whole[:, :, ::4, ::4])}[way]
+        data[way] = known[way] if way in known else fit()
     model, hyperparam = build_model(config)
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
-        hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"],
-        teacher=args.teacher and in_fp32(load_network(args.teacher, device)))
-    if job.teacher:
-        own = {k: job.dataset[k] for k in ("mean", "std") if "zca" not in job.dataset}
-        its = job.teacher.meta
-        if "zca" in its or any(list(its.get(k, v)) != list(v) for k, v in own.items()):
+        hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"], teacher=teacher,
+        first=init)
+    if teacher:
+        if "mean" in teacher.meta and not same_preparation(job.dataset, teacher.meta):
             raise ValueError(f"--teacher {args.teacher}: was trained on images prepared in another way")
-        check_network(job.teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
+        check_network(teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
     if not saved:   # what a model of the user's own has frozen stays so
         still = [k for k, p in model.named_parameters() if not p.requires_grad]
         config["frozen"] = [*config["frozen"], *(k for k in still if k not in config["frozen"])]
@@ -1155,9 +1192,8 @@ def started(job):
     """The params and buffers that a training starts from: the model's, or those in the file of --init."""
     params, buffers = bcq.split(job.model)
     job.masks = {}
-    if not job.args.init:
+    if not (net := job.first):
         return params, buffers
-    net = in_fp32(load_network(job.args.init, job.device, job.config["model"]))
     job.masks = net.meta.get("masks", {})   # what was pruned stays pruned
     trained = {**net.params, **net.meta.get("latent", {})}
     wrong = [k for k, w in params.items() if k not in trained or trained[k].shape != w.shape]
@@ -1494,7 +1530,7 @@ def checkpoint_data(args, net, device):
     if isinstance(named, list) and named[:len(data["classes"])] != data["classes"]:
         raise ValueError(f"{args.checkpoint}: was trained on other classes than those of {data['name']}: "
                          f"{', '.join(map(str, named[:3]))}, ...")
-    data |= {k: net.meta[k] for k in ("mean", "std", "zca") if k in net.meta}
+    data |= {k: net.meta[k] for k in PREPARED if k in net.meta}
     check_network(net, prepare(data["train_x"][:2], data), len(data["classes"]))
     return data
 

@@ -169,6 +169,31 @@ def test_training_starts_from_the_weights_in_a_file(fp32, tmp_path):
     assert all(torch.equal(b, net[k]) for k, b in job.start[1].items())
 
 
+@pytest.fixture(scope="module")
+def whitened(tmp_path_factory):
+    """A network trained by bc on images of whitened colours: its folder."""
+    folder = tmp_path_factory.mktemp("bc") / "run"
+    assert main(*TINY, "--mode", "bc", "--epochs", 1, "--out", folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("flag", ["--init", "--teacher"])
+def test_images_are_prepared_as_the_network_that_training_starts_or_learns_from_knows_them(
+        fp32, whitened, flag):
+    job_of = lambda mode, folder: run.prepare_job(run.parse_arguments(
+        [*TINY, "--mode", mode, "--epochs", "1", flag, str(folder / "model.pth")]), None)
+    job, other, own = job_of("lsq", whitened), job_of("bc", fp32), bcq.read_checkpoint(whitened / "model.pth")
+    assert same(job.dataset["colours"], own["colours"]) and job.config["whitening"] == "colours"
+    assert "colours" not in other.dataset and other.config["whitening"] is None
+
+
+def test_a_teacher_that_knows_images_otherwise_than_the_network_of_init_is_refused(fp32, whitened, capsys):
+    for first, second in ((fp32, whitened), (whitened, fp32)):
+        assert main(*TINY, "--mode", "bc", "--epochs", 1, "--init", first / "model.pth", "--teacher",
+                    second / "model.pth") == 2
+        assert "was trained on images prepared in another way" in capsys.readouterr().err
+
+
 def test_a_teacher_and_mixed_images_make_labels_of_probabilities(fp32):
     words = [*TINY, "--mode", "bc", "--epochs", "1", "--teacher", str(fp32 / "model.pth"), "--mix", "cutmix"]
     job = run.prepare_job(run.parse_arguments(words), None)

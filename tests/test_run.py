@@ -95,8 +95,9 @@ def test_the_network_in_the_file_is_binary_and_its_accuracy_is_the_one_reported(
     assert all(set(params[n].unique().tolist()) == {-1.0, 1.0} for n in bcq.quantizable(model))
     trained_layers = [n for n in bcq.quantizable(model) if n != "stem.weight"]
     assert not any(set(meta["latent"][n].unique().tolist()) <= {-1.0, 1.0} for n in trained_layers)
-    x = (shapes["test_x"].double() / 255 - torch.tensor(meta["mean"]).view(1, 3, 1, 1)) / torch.tensor(
-        meta["std"]).view(1, 3, 1, 1)
+    mean, matrix = (v.double().numpy() for v in meta["colours"])
+    pixels = shapes["test_x"].numpy().transpose(0, 2, 3, 1) / 255
+    x = torch.from_numpy(((pixels - mean) @ matrix).transpose(0, 3, 1, 2))
     module = models.fast(**meta["hyperparam"])
     module.load_state_dict(torch.load(folder / "model.pth")["net"])
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_the_papers_recipe_has_the_papers_numbers():
     name, settings = run.preset("bc", "vgg_bc", paper=True)
     assert name == "paper" and settings["epochs"] == 500 and settings["batch_size"] == 50
     assert settings["lr"] == 3e-3 and settings["lr_end"] == 2e-6 and settings["optimizer"] == "adam-glorot"
-    assert settings["loss"] == "square hinge" and settings["zca"] and settings["latents"] == "uniform"
+    assert settings["loss"] == "square hinge" and settings["whitening"] == "zca" and settings["latents"] == "uniform"
     assert not settings["flip"] and not settings["crop"]
     lr_at = run.schedule(settings, 900)
     assert lr_at(0) == lr_at(899) == 3e-3 and 2e-6 < lr_at(499 * 900) < 2.1e-6
@@ -334,7 +335,7 @@ def test_augmentation_depends_on_its_draws_alone_and_leaves_its_input():
 
 
 def test_normalize_gives_mean_0_and_deviation_1_with_the_data_sets_own_statistics(shapes):
-    x = run.normalize(shapes["train_x"][:10_000], shapes["mean"], shapes["std"])
+    x = run.prepare(shapes["train_x"][:10_000], {k: shapes[k] for k in ("mean", "std")})
     assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
     assert x.is_contiguous(memory_format=torch.channels_last)
 
@@ -346,6 +347,21 @@ def test_zca_whitens_the_images_it_was_fitted_to(shapes):
     values = torch.linalg.eigvalsh(white.T @ white / len(white))
     assert values[1:].min(
     ) > 0.9 and values.max() < 1.1  # one direction has no variance: each image has mean 0
+
+
+def test_whitened_colours_have_mean_0_and_no_correlation_whatever_the_place_of_the_pixel(shapes):
+    x = shapes["train_x"][:2000]
+    white = run.prepare(x, {"colours": run.fit_colours(x, bias=0)})
+    assert white.dtype == torch.float32 and white.is_contiguous(memory_format=torch.channels_last)
+    pixels = white.double().numpy().transpose(1, 0, 2, 3).reshape(3, -1)
+    assert np.allclose(np.cov(pixels), np.eye(3), atol=1e-4) and np.allclose(pixels.mean(1), 0, atol=1e-4)
+
+
+def test_grey_images_are_whitened_without_a_division_by_0(shapes):
+    grey = shapes["train_x"][:100, :1].expand(-1, 3, -1, -1)
+    white = run.prepare(grey, {"colours": run.fit_colours(grey)})
+    assert white.isfinite().all() and 0.9 < white.std() * 3**0.5 < 1.1   # one direction of three
+    assert (white.amax(1) - white.amin(1)).max() < 0.01
 
 
 def test_a_tree_of_images_is_read_as_cifar10_and_as_a_data_set_of_its_own_and_is_cached(tmp_path):
