@@ -747,8 +747,6 @@ def configure(args, data):
     if config["real_epochs"] and (args.mode in ("lsq", "xnor") or config["prune"]):
         raise ValueError(f"--real-epochs is for weights alone: not for --mode {args.mode} with quantized "
                          "inputs, nor with --prune; --init starts from a real network")
-    if args.mode != "lsq" and (lost := {"w_bits", "a_bits"} & args.given.keys()):
-        raise ValueError(f"--{max(lost).replace('_', '-')} is not for --mode {args.mode}")
     total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
@@ -1196,7 +1194,9 @@ def started(job):
         return params, buffers
     job.masks = net.meta.get("masks", {})   # what was pruned stays pruned
     trained = {**net.params, **net.meta.get("latent", {})}
-    wrong = [k for k, w in params.items() if k not in trained or trained[k].shape != w.shape]
+    shape_of = lambda w: tuple(w.shape) if torch.is_tensor(w) else "missing"
+    wrong = [f"{k} is {found}, not {tuple(w.shape)}" for k, w in params.items()
+             if (found := shape_of(trained.get(k))) != tuple(w.shape)]
     if wrong or net.packed:
         why = "it is packed" if net.packed else wrong[0]
         raise ValueError(f"{job.args.init}: does not fit the model: {why}")
@@ -1870,6 +1870,8 @@ def predict(args):
 
 def one_line(error):
     """The first line of an error's message, without a final full stop."""
+    if isinstance(error, OSError) and error.filename:   # in place of [Errno 2] No such file ...
+        return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
@@ -1945,9 +1947,9 @@ FLAGS = {
 
 TRAINING = {flag.strip("-").replace("-", "_") for flag in FLAGS} - {"checkpoint", "inputs", "fit", "images"}
 READING = {"mode", "checkpoint", "model", "dataset", "data_dir", "classes", "device", "threads"}
-TAKES = {   # the flags of the modes that do not train
+TAKES = {   # the flags of the modes; of the others that train, all of TRAINING but the bits
     "eval": READING | {"expect"}, "score": READING | {"expect", "record"},
-    "export": READING | {"expect", "record", "out"},
+    "lsq": TRAINING, "export": READING | {"expect", "record", "out"},
     "ptq": READING | {"expect", "record", "out", "dtype", "inputs", "fit", "w_bits"},
     "predict": READING - {"dataset", "data_dir", "classes"} | {"images"},
     "sweep": TRAINING - {"expect", "record", "resume"} | {"images"}}
@@ -1983,11 +1985,12 @@ def parse_arguments(argv):
            "world": int(os.environ.get("WORLD_SIZE", 1))}
     args = argparse.Namespace(**{**unset, **own, **given, "given": given})
     for key, value in given.items():
-        if value == "":
-            raise ValueError(f"--{key.replace('_', '-')}: is empty")
+        if value == "" or isinstance(value, list) and "" in value:
+            raise ValueError(f"{key if key == 'images' else '--' + key.replace('_', '-')}: is empty")
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
-    if lost := [k for k in given if k not in TAKES.get(args.mode, TRAINING)]:
+    takes = TAKES.get(args.mode, TRAINING - {"w_bits", "a_bits"})
+    if lost := [k for k in given if k not in takes]:
         raise ValueError(f"--{lost[0].replace('_', '-')} is not for --mode {args.mode}")
     if args.paper and args.mode not in ("fp32", "bc", "bc-stochastic", "sweep"):
         raise ValueError(f"--paper: BinaryConnect's recipe is not for --mode {args.mode}")

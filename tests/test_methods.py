@@ -269,7 +269,8 @@ def test_impossible_words_of_the_family_are_answered_in_one_line(words, part, tm
 def test_a_checkpoint_of_another_width_does_not_start_a_training(fp32, tmp_path, capsys):
     words = [w if w != "0.125" else "0.25" for w in TINY]
     assert main(*words, "--mode", "bc", "--init", fp32 / "model.pth", "--out", tmp_path / "run") == 2
-    assert "does not fit the model" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    said = "does not fit the model: stem.weight is (4, 3, 2, 2), not (8, 3, 2, 2)"
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_sweep_runs_each_cell_once_and_goes_on_after_a_kill(tmp_path, capsys, monkeypatch):

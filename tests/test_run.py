@@ -162,8 +162,8 @@ def test_the_papers_recipe_has_the_papers_numbers():
     name, settings = run.preset("bc", "vgg_bc", paper=True)
     assert name == "paper" and settings["epochs"] == 500 and settings["batch_size"] == 50
     assert settings["lr"] == 3e-3 and settings["lr_end"] == 2e-6 and settings["optimizer"] == "adam-glorot"
-    assert settings["loss"] == "square hinge" and settings["whitening"] == "zca" and settings["latents"] == "uniform"
-    assert not settings["flip"] and not settings["crop"]
+    assert settings["loss"] == "square hinge" and settings["whitening"] == "zca"
+    assert settings["latents"] == "uniform" and not settings["flip"] and not settings["crop"]
     lr_at = run.schedule(settings, 900)
     assert lr_at(0) == lr_at(899) == 3e-3 and 2e-6 < lr_at(499 * 900) < 2.1e-6
 
@@ -492,6 +492,9 @@ def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained
         (["--threads", "0"], "--threads"), (["--width", "inf"], "--width"), (["--device", "meta"], "meta"),
     (["--model", "run.py:SHAPES", "--dataset", "shapes"], "run.py"),
     (["--mode", "bc", "--checkpoint", "x.pth"], "--checkpoint is not for --mode bc"),
+    (["--mode", "bwn", "--w-bits", "4", "--data-dir", "none"], "--w-bits is not for --mode bwn"),
+    (["--mode", "predict", "--checkpoint", "x.pth", ""], "images: is empty"),
+    (["--mode", "eval", "--checkpoint", "x.pth"], "run.py: x.pth: No such file or directory"),
     (["--mode", "eval", "--checkpoint", "x.pth", "--dtype", "bf16"], "--dtype is not for --mode eval"),
     (["--mode", "export", "--checkpoint", "x.pth", "--w-bits", "4"], "--w-bits is not for --mode export"),
     (["--mode", "score", "--checkpoint", "x.pth", "--epochs", "4"], "--epochs is not for --mode score"),
