@@ -311,7 +311,7 @@ def split_validation(data, val, subset, seed):
 
 
 def normalize(x, mean, std):
-    """uint8 images to float32 (x / 255 - mean) / std by channel, channels-last in memory."""
+    """uint8 images to float32 (x / 255 - mean) / std by channel."""
     mean, std = (by_channel(tuple(v), x.device) for v in (mean, std))
     return (x - mean) / std
 
@@ -348,7 +348,7 @@ def batches(data, split, size=500):
         yield prepare(x[i:i + size], data), y[i:i + size]
 
 
-def whitening(x, bias):
+def whitening_matrix(x, bias):
     """The symmetric matrix W that gives rows x (n, k), of mean 0, a covariance near 1 as x @ W (ZCA)."""
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     return vectors / (values.clamp(min=0) + bias).sqrt() @ vectors.T
@@ -363,19 +363,20 @@ def fit_zca(x, bias=0.1):
     """
     flat = contrast(x)
     mean = flat.mean(0)
-    return mean, whitening(flat - mean, bias)
+    return mean, whitening_matrix(flat - mean, bias)
 
 
-def fit_colours(x, bias=1e-5):
-    """The same for colours alone, fitted to all pixels alike: (mean (c,), matrix (c, c)), for x / 255.
+def fit_colours(x, bias=1e-4):
+    """ZCA whitening of the colours of a pixel, one matrix for all places: (mean (c,), matrix (c, c)), for
+    x / 255.
 
-    A layer of +-1 weights cannot subtract what is common to red, green and blue from what is not; here the
-    faint differences of colours have come up to the brightness, as by the whitening of airbench94's first
-    layer. x: uint8 (n, c, h, w). bias: a variance, for grey images.
+    At one pixel +-1 weights on three colours never sum to 0: what differs between the colours comes through
+    under the far stronger brightness. x: uint8 (n, c, h, w). bias: a variance, far above that of
+    one level of 255, or the noise of grey images would be brought up too.
     """
     pixels = rearrange(x.double() / 255, "n c h w -> (n h w) c")
     mean = pixels.mean(0)
-    return mean.float(), whitening(pixels - mean, bias).float()
+    return mean.float(), whitening_matrix(pixels - mean, bias).float()
 
 
 def contrast(x, scale=55.0):
@@ -385,20 +386,24 @@ def contrast(x, scale=55.0):
     return scale * flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
 
+def whitened(data):
+    """How prepare whitens the images of a data set, or of what a checkpoint says: zca, colours or None."""
+    return next((k for k in ("zca", "colours") if k in data), None)
+
+
 def same_preparation(data, other):
     """Whether prepare does the same with two data sets, or with what checkpoints say of them."""
-    keys = lambda d: next(([k] for k in ("zca", "colours") if k in d), ["mean", "std"])
-    numbers = lambda d: torch.cat([torch.as_tensor(v).double().cpu().flatten()
-                                   for v in tree_leaves([d[k] for k in keys(d)])])
-    return keys(data) == keys(other) and torch.equal(numbers(data), numbers(other))
+    numbers = lambda d: torch.cat([torch.as_tensor(v).double().cpu().flatten() for v in tree_leaves(
+        [d.get(k, []) for k in ([whitened(d)] if whitened(d) else ["mean", "std"])])])
+    return whitened(data) == whitened(other) and torch.equal(numbers(data), numbers(other))
 
 
 def prepare(x, data):
     """uint8 images as the network takes them: normalised by channel, or whitened where data says how."""
-    if "zca" in data:
+    if (way := whitened(data)) == "zca":
         mean, matrix = data["zca"]
         x = ((contrast(x) - mean) @ matrix).view(x.shape)
-    elif "colours" in data:
+    elif way == "colours":
         mean, matrix = data["colours"]
         x = torch.einsum("dc, nchw -> ndhw", matrix, x / 255 - mean.view(-1, 1, 1))
     else:
@@ -1149,6 +1154,8 @@ def prepare_job(args, saved):
     device, dtype = choose_device(args)
     net_of = lambda path, name=None: path and in_fp32(load_network(path, device, name))
     teacher, init = net_of(args.teacher), None if saved else net_of(args.init, args.model)
+    if init and init.packed:
+        raise ValueError(f"{args.init}: does not fit the model: it is packed")
     data = one_first(args, lambda: load_data(args.dataset, args.data_dir, args.classes))
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
     whole, data = data["train_x"], split_validation(data, config["val"], config["subset"], config["seed"])
@@ -1156,20 +1163,22 @@ def prepare_job(args, saved):
     if config["batch_size"] % args.world:
         raise ValueError(f"a batch of {config['batch_size']} images has no equal shares for {args.world} "
                          "processes: give another --batch-size")
-    known = saved or (init or teacher or argparse.Namespace(meta={})).meta
-    if init or teacher:   # images as that network knows them
-        config["whitening"] = next((k for k in ("zca", "colours") if k in known), None)
-    if way := config["whitening"]:
-        fit = {"zca": lambda: fit_zca(data["train_x"]),
-               "colours": lambda: fit_colours(whole[:, :, ::4, ::4])}[way]
-        data[way] = known[way] if way in known else fit()
+    known = saved or next((n.meta for n in (init, teacher) if n and set(PREPARED) & n.meta.keys()), {})
+    if known:   # images as that network, or this run, knows them
+        if (way := whitened(known)) != config["whitening"]:
+            print(f"images     prepared as for the given network, by {way or 'mean and deviation'}, not by "
+                  f"the preset's {config['whitening'] or 'mean and deviation'}")
+        config["whitening"] = way
+        data |= {k: known[k] for k in PREPARED if k in known}
+    elif way := config["whitening"]:   # colours, as mean and std, whatever --val and --subset leave
+        data[way] = of_first(args, fit_zca(data["train_x"]) if way == "zca" else
+                             fit_colours(whole[:, :, ::4, ::4]))
     model, hyperparam = build_model(config)
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
-        hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"], teacher=teacher,
-        first=init)
+        hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"], teacher=teacher)
     if teacher:
-        if "mean" in teacher.meta and not same_preparation(job.dataset, teacher.meta):
+        if set(PREPARED) & teacher.meta.keys() and not same_preparation(job.dataset, teacher.meta):
             raise ValueError(f"--teacher {args.teacher}: was trained on images prepared in another way")
         check_network(teacher, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"])
     if not saved:   # what a model of the user's own has frozen stays so
@@ -1180,38 +1189,39 @@ def prepare_job(args, saved):
                                buffers=buffers)
     for train in (False, True):
         check_network(check, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"], train)
-    apply_method(job, saved)
+    apply_method(job, saved, init)
     job.init, job.update = optimizer(config, job.start[0], job.names)
     job.lr_at, job.step = schedule(config, job.steps), make_step(job)
     return job
 
 
-def started(job):
-    """The params and buffers that a training starts from: the model's, or those in the file of --init."""
+def started(job, net):
+    """The params and buffers that a training starts from: the model's, or those of --init, the net."""
     params, buffers = bcq.split(job.model)
     job.masks = {}
-    if not (net := job.first):
+    if not net:
         return params, buffers
     job.masks = net.meta.get("masks", {})   # what was pruned stays pruned
     trained = {**net.params, **net.meta.get("latent", {})}
-    shape_of = lambda w: tuple(w.shape) if torch.is_tensor(w) else "missing"
-    wrong = [f"{k} is {found}, not {tuple(w.shape)}" for k, w in params.items()
-             if (found := shape_of(trained.get(k))) != tuple(w.shape)]
-    if wrong or net.packed:
-        why = "it is packed" if net.packed else wrong[0]
-        raise ValueError(f"{job.args.init}: does not fit the model: {why}")
+    for k, w in params.items():
+        if k not in trained or trained[k].shape != w.shape:
+            why = f"is {tuple(trained[k].shape)}, not {tuple(w.shape)}" if k in trained else "is missing"
+            raise ValueError(f"{job.args.init}: does not fit the model: {k} {why}")
     return {k: trained[k].float() for k in params}, {k: net.buffers[k] for k in buffers}
 
 
-def apply_method(job, saved):
-    """Adds to the job what its method needs: names, bits, grids, masks, start, quantizers and forward."""
+def apply_method(job, saved, init):
+    """Adds to the job what its method needs: names, bits, grids, masks, start, quantizers and forward.
+
+    saved: the run to resume, or None; init: the network to start from, or None.
+    """
     config, (quantizer, *_) = job.config, MODES[job.config["mode"]]
     if saved:
         job.names, job.bits, job.grids, job.masks = (saved[k] for k in ("names", "bits", "grids", "masks"))
         state = saved["state"]
         job.start = bcq.to_device(({**state["params"], **saved["first_steps"]}, state["buffers"]), job.device)
     else:
-        job.start = started(job)
+        job.start = started(job, init)
         choose_bits(job)
         steps = {k: w for k, w in job.start[0].items() if ":" in k}
         steps, job.grids, job.masks = of_first(job.args, (steps, job.grids, job.masks), job.device)
@@ -1870,7 +1880,7 @@ def predict(args):
 
 def one_line(error):
     """The first line of an error's message, without a final full stop."""
-    if isinstance(error, OSError) and error.filename:   # in place of [Errno 2] No such file ...
+    if isinstance(error, OSError) and error.filename and error.strerror:   # not [Errno 2] ...
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
@@ -1916,8 +1926,10 @@ FLAGS = {
     "--w-bits": dict(type=number(int, 2, 8),
                      help="bits of the weights, with lsq and ptq (default: 4; ptq: 8)"),
     "--a-bits": dict(type=number(int, 2, 8), help="bits of the layers' inputs, with lsq (default: 4)"),
-    "--init": dict(help="start from the weights in this checkpoint (default: random ones)"),
-    "--teacher": dict(help="learn from the probabilities that the network in this checkpoint gives, too"),
+    "--init": dict(help="start from the weights in this checkpoint (default: random ones); images are "
+                        "prepared as for them"),
+    "--teacher": dict(help="learn from the probabilities that the network in this checkpoint gives, too; "
+                           "images are prepared as for it"),
     "--mix": dict(choices=["mixup", "cutmix"], help="mix the images of a batch (default: no)"),
     "--prune": dict(type=number(float, 0, 0.99), help="keep this share of the weights at zero (default: 0)"),
     "--seed": dict(type=number(int, 0, 2**63 - 1), help="default: 0"),
@@ -1989,7 +2001,8 @@ def parse_arguments(argv):
             raise ValueError(f"{key if key == 'images' else '--' + key.replace('_', '-')}: is empty")
     if args.images and args.mode not in ("predict", "sweep"):
         raise ValueError(f"what is {args.images[0]}? Only --mode predict takes files, sweep KEY=VALUE,VALUE")
-    takes = TAKES.get(args.mode, TRAINING - {"w_bits", "a_bits"})
+    resumed = args.resume and "mode" not in given   # whatever its mode was
+    takes = TAKES.get("lsq" if resumed else args.mode, TRAINING - {"w_bits", "a_bits"})
     if lost := [k for k in given if k not in takes]:
         raise ValueError(f"--{lost[0].replace('_', '-')} is not for --mode {args.mode}")
     if args.paper and args.mode not in ("fp32", "bc", "bc-stochastic", "sweep"):

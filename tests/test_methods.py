@@ -11,6 +11,7 @@ from conftest import same
 from test_run import TINY, tree
 
 import bcq
+import models
 import run
 
 
@@ -177,14 +178,49 @@ def whitened(tmp_path_factory):
     return folder
 
 
+def rewritten(folder, path, **changed):
+    """The path of a copy of the checkpoint in a folder with other entries."""
+    content = {**bcq.read_checkpoint(folder / "model.pth"), **changed}
+    bcq.save_checkpoint(path, **{k: v for k, v in content.items() if k != "bcq"})
+    return path
+
+
+def job_of(*words):
+    return run.prepare_job(run.parse_arguments([*TINY, "--epochs", "1", *map(str, words)]), None)
+
+
 @pytest.mark.parametrize("flag", ["--init", "--teacher"])
 def test_images_are_prepared_as_the_network_that_training_starts_or_learns_from_knows_them(
-        fp32, whitened, flag):
-    job_of = lambda mode, folder: run.prepare_job(run.parse_arguments(
-        [*TINY, "--mode", mode, "--epochs", "1", flag, str(folder / "model.pth")]), None)
-    job, other, own = job_of("lsq", whitened), job_of("bc", fp32), bcq.read_checkpoint(whitened / "model.pth")
-    assert same(job.dataset["colours"], own["colours"]) and job.config["whitening"] == "colours"
-    assert "colours" not in other.dataset and other.config["whitening"] is None
+        flag, fp32, whitened, tmp_path, capsys):
+    mean, matrix = bcq.read_checkpoint(whitened / "model.pth")["colours"]
+    odd = rewritten(whitened, tmp_path / "a.pth", colours=(mean + 0.1, 2 * matrix))
+    job = job_of("--mode", "lsq", flag, odd)
+    assert same(job.dataset["colours"], (mean + 0.1, 2 * matrix)) and job.config["whitening"] == "colours"
+    assert "prepared as for the given network, by colours, not by" in capsys.readouterr().out
+    plain = job_of("--mode", "bc", flag, rewritten(fp32, tmp_path / "b.pth", mean=[0.1, 0.2, 0.3]))
+    assert plain.config["whitening"] is None and plain.dataset["mean"] == [0.1, 0.2, 0.3]
+    assert run.whitened(plain.dataset) is None
+
+
+def test_a_file_of_weights_alone_leaves_the_preparation_to_the_preset_or_to_the_teacher(whitened, tmp_path):
+    torch.save(models.fast().state_dict(), tmp_path / "weights.pth")
+    words = ["--width", "1", "--init", tmp_path / "weights.pth"]
+    assert job_of("--mode", "bc", *words).config["whitening"] == "colours"
+    assert job_of("--mode", "fp32", *words).config["whitening"] is None
+    job = job_of("--mode", "fp32", *words, "--teacher", whitened / "model.pth")
+    assert job.config["whitening"] == "colours"
+
+
+def test_a_resumed_run_prepares_images_as_it_began(whitened, tmp_path):
+    mean, matrix = bcq.read_checkpoint(whitened / "last.pth")["colours"]
+    saved = {**bcq.read_checkpoint(whitened / "last.pth"), "colours": (mean, 2 * matrix)}
+    args = run.parse_arguments([*TINY, "--mode", "bc", "--epochs", "1"])
+    assert same(run.prepare_job(args, saved).dataset["colours"], (mean, 2 * matrix))
+
+
+def test_colours_are_whitened_alike_whatever_is_held_out_or_left_out():
+    of = lambda *words: job_of("--mode", "bc", *words).dataset["colours"]
+    assert same(of("--subset", "200", "--seed", "1"), of("--val", "900"))
 
 
 def test_a_teacher_that_knows_images_otherwise_than_the_network_of_init_is_refused(fp32, whitened, capsys):
@@ -259,6 +295,7 @@ def test_xnor_on_inputs_that_are_never_negative_is_answered_in_one_line(tmp_path
                                          (["--mix", "blend"], "blend"), (["--dtype", "int8"], "int8")])
 def test_impossible_words_of_the_family_are_answered_in_one_line(words, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "load_data", lambda *_: pytest.fail("the data were read first"))
     words = words if "--mode" in words and words[1] in ("ptq", "export",
                                                         "score") else ["--dataset", "shapes", *words]
     assert run.main(words) == 2

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,7 @@ def test_a_finished_run_is_not_overwritten_and_resuming_it_trains_no_more(traine
 def test_flags_that_contradict_the_run_to_resume_are_an_error(trained):
     assert_one_clear_line(call("--resume", trained[0], "--lr", "0.5"), "--lr 0.5", "has 0")
     assert_one_clear_line(call("--resume", trained[0].parent / "nothing"), "no run to resume")
+    assert_one_clear_line(call("--resume", trained[0], "--w-bits", "2"), "--w-bits 2", "has None")
     assert_one_clear_line(call("--resume", trained[0], "--dataset", "cifar10"), "--dataset", "has shapes")
 
 
@@ -334,7 +336,7 @@ def test_augmentation_depends_on_its_draws_alone_and_leaves_its_input():
     assert torch.equal(once, again) and torch.equal(x, kept)
 
 
-def test_normalize_gives_mean_0_and_deviation_1_with_the_data_sets_own_statistics(shapes):
+def test_images_are_normalised_to_mean_0_and_deviation_1_by_the_data_sets_own_statistics(shapes):
     x = run.prepare(shapes["train_x"][:10_000], {k: shapes[k] for k in ("mean", "std")})
     assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
     assert x.is_contiguous(memory_format=torch.channels_last)
@@ -359,9 +361,11 @@ def test_whitened_colours_have_mean_0_and_no_correlation_whatever_the_place_of_t
 
 def test_grey_images_are_whitened_without_a_division_by_0(shapes):
     grey = shapes["train_x"][:100, :1].expand(-1, 3, -1, -1)
-    white = run.prepare(grey, {"colours": run.fit_colours(grey)})
-    assert white.isfinite().all() and 0.9 < white.std() * 3**0.5 < 1.1   # one direction of three
-    assert (white.amax(1) - white.amin(1)).max() < 0.01
+    for noise in (torch.zeros(100, 3, 32, 32), torch.randint(-1, 2, (100, 3, 32, 32))):
+        x = (grey.int() + noise).clamp(0, 255).to(torch.uint8)
+        white = run.prepare(x, {"colours": run.fit_colours(x)})
+        assert 0.9 < white.mean(1).std() * 3 ** 0.5 < 1.1            # one direction of three: brightness
+        assert (white - white.mean(1, keepdim=True)).var() < 0.1     # noise of a grey level remains noise
 
 
 def test_a_tree_of_images_is_read_as_cifar10_and_as_a_data_set_of_its_own_and_is_cached(tmp_path):
@@ -492,7 +496,7 @@ def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained
         (["--threads", "0"], "--threads"), (["--width", "inf"], "--width"), (["--device", "meta"], "meta"),
     (["--model", "run.py:SHAPES", "--dataset", "shapes"], "run.py"),
     (["--mode", "bc", "--checkpoint", "x.pth"], "--checkpoint is not for --mode bc"),
-    (["--mode", "bwn", "--w-bits", "4", "--data-dir", "none"], "--w-bits is not for --mode bwn"),
+    (["--mode", "bwn", "--w-bits", "4"], "--w-bits is not for --mode bwn"),
     (["--mode", "predict", "--checkpoint", "x.pth", ""], "images: is empty"),
     (["--mode", "eval", "--checkpoint", "x.pth"], "run.py: x.pth: No such file or directory"),
     (["--mode", "eval", "--checkpoint", "x.pth", "--dtype", "bf16"], "--dtype is not for --mode eval"),
@@ -512,6 +516,14 @@ def test_impossible_words_are_answered_in_one_line(words, part, tmp_path, monkey
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and part in err and err.startswith("run.py: ")
     assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_the_message_of_an_error_is_its_first_line_and_names_the_file_but_no_number():
+    refused = urllib.error.HTTPError("https://x/cifar-10.tar.gz", 404, "Not Found", {}, None)
+    assert run.one_line(refused) == "HTTP Error 404: Not Found"
+    assert run.one_line(FileNotFoundError(2, "No such file or directory", "a.pth")) == (
+        "a.pth: No such file or directory")
+    assert run.one_line(ValueError("first.\nsecond")) == "first" and run.one_line(KeyError()) == "KeyError"
 
 
 def test_a_broken_tree_is_answered_in_one_line_that_names_the_file(tmp_path):
