@@ -47,19 +47,18 @@ OPTIMIZERS = {
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
                 w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
                 latents="model", frozen=[], real_epochs=0, flip=True, crop=4, cutout=0, recalibrate=0,
-                whitening=None)
+                zca=False)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", frozen=["stem.weight"], smoothing=0.2, crop=3,
                  recalibrate=5000),
     "bc": dict(weight_decay=0.0),
-    "fast bc": dict(epochs=9, real_epochs=3, whitening="colours",
-                    frozen=["stem.weight", "stem_norm.weight", "stem_norm.bias"]),
+    "fast bc": dict(epochs=9, real_epochs=3, frozen=["stem.weight", "stem_norm.weight", "stem_norm.bias"]),
     "fast bc-stochastic": dict(lr=2.0, rest_lr=0.375),   # latents near the bound: clear probabilities
     "xnor": dict(act="hardtanh"),
     "lsq": dict(w_bits=4, a_bits=4),
     "fast lsq": dict(lr=0.05, frozen=[]),
     "paper": dict(epochs=500, batch_size=50, optimizer="adam-glorot", schedule="exponential", lr_end=2e-6,
-                  loss="square hinge", latents="uniform", flip=False, crop=0, whitening="zca"),
+                  loss="square hinge", latents="uniform", flip=False, crop=0, zca=True),
 }
 def keep_all(params, names):
     """No clip: where weights are scaled, the latent ones set the scale, and have no bound."""
@@ -123,7 +122,7 @@ STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 }
-PREPARED = ("mean", "std", "zca", "colours")   # how images are prepared: kept with a network
+PREPARED = ("mean", "std", "zca")   # how images are prepared: kept with a network
 SHAPES = ("circle", "square", "triangle", "ring", "plus", "cross", "crescent", "stripes", "checkers",
           "two dots")
 
@@ -348,12 +347,6 @@ def batches(data, split, size=500):
         yield prepare(x[i:i + size], data), y[i:i + size]
 
 
-def whitening_matrix(x, bias):
-    """The symmetric matrix W that gives rows x (n, k), of mean 0, a covariance near 1 as x @ W (ZCA)."""
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    return vectors / (values.clamp(min=0) + bias).sqrt() @ vectors.T
-
-
 def fit_zca(x, bias=0.1):
     """The paper's preprocessing, global contrast normalisation and ZCA whitening, fitted to images: (mean,
     matrix).
@@ -363,20 +356,8 @@ def fit_zca(x, bias=0.1):
     """
     flat = contrast(x)
     mean = flat.mean(0)
-    return mean, whitening_matrix(flat - mean, bias)
-
-
-def fit_colours(x, bias=1e-4):
-    """ZCA whitening of the colours of a pixel, one matrix for all places: (mean (c,), matrix (c, c)), for
-    x / 255.
-
-    At one pixel +-1 weights on three colours never sum to 0: what differs between the colours comes through
-    under the far stronger brightness. x: uint8 (n, c, h, w). bias: a variance, far above that of
-    one level of 255, or the noise of grey images would be brought up too.
-    """
-    pixels = rearrange(x.double() / 255, "n c h w -> (n h w) c")
-    mean = pixels.mean(0)
-    return mean.float(), whitening_matrix(pixels - mean, bias).float()
+    values, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean) / len(flat))
+    return mean, vectors / (values.clamp(min=0) + bias).sqrt() @ vectors.T
 
 
 def contrast(x, scale=55.0):
@@ -386,26 +367,19 @@ def contrast(x, scale=55.0):
     return scale * flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-8)
 
 
-def whitened(data):
-    """How prepare whitens the images of a data set, or of what a checkpoint says: zca, colours or None."""
-    return next((k for k in ("zca", "colours") if k in data), None)
-
-
 def same_preparation(data, other):
     """Whether prepare does the same with two data sets, or with what checkpoints say of them."""
-    numbers = lambda d: torch.cat([torch.as_tensor(v).double().cpu().flatten() for v in tree_leaves(
-        [d.get(k, []) for k in ([whitened(d)] if whitened(d) else ["mean", "std"])])])
-    return whitened(data) == whitened(other) and torch.equal(numbers(data), numbers(other))
+    keys = lambda d: ["zca"] if "zca" in d else ["mean", "std"]
+    numbers = lambda d: torch.cat([torch.as_tensor(v).double().cpu().flatten()
+                                   for v in tree_leaves([d.get(k, []) for k in keys(d)])])
+    return keys(data) == keys(other) and torch.equal(numbers(data), numbers(other))
 
 
 def prepare(x, data):
-    """uint8 images as the network takes them: normalised by channel, or whitened where data says how."""
-    if (way := whitened(data)) == "zca":
+    """uint8 images as the network takes them: normalised by channel, or whitened where data has a zca."""
+    if "zca" in data:
         mean, matrix = data["zca"]
         x = ((contrast(x) - mean) @ matrix).view(x.shape)
-    elif way == "colours":
-        mean, matrix = data["colours"]
-        x = torch.einsum("dc, nchw -> ndhw", matrix, x / 255 - mean.view(-1, 1, 1))
     else:
         x = normalize(x, data["mean"], data["std"])
     return x.contiguous(memory_format=torch.channels_last)
@@ -1082,7 +1056,7 @@ def find_run(args):
             raise ValueError(f"{folder}: no run to resume there (no last.pth)")
         content = bcq.read_checkpoint(saved)
         needed = {"state", "config", "source", "names", "bits", "grids", "masks", "first_steps"}
-        if not needed <= content.keys() or "whitening" not in content["config"]:
+        if not needed <= content.keys() or "real_epochs" not in content["config"]:
             raise ValueError(f"{saved}: a checkpoint, but not of a run to resume with this version")
         return folder, content
     if saved.exists() or (folder / "model.pth").exists():
@@ -1158,21 +1132,17 @@ def prepare_job(args, saved):
         raise ValueError(f"{args.init}: does not fit the model: it is packed")
     data = one_first(args, lambda: load_data(args.dataset, args.data_dir, args.classes))
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
-    whole, data = data["train_x"], split_validation(data, config["val"], config["subset"], config["seed"])
+    data = split_validation(data, config["val"], config["subset"], config["seed"])
     config = adapt_batch(config, len(data["train_y"]), "batch_size" in args.given)
     if config["batch_size"] % args.world:
         raise ValueError(f"a batch of {config['batch_size']} images has no equal shares for {args.world} "
                          "processes: give another --batch-size")
     known = saved or next((n.meta for n in (init, teacher) if n and set(PREPARED) & n.meta.keys()), {})
     if known:   # images as that network, or this run, knows them
-        if (way := whitened(known)) != config["whitening"]:
-            print(f"images     prepared as for the given network, by {way or 'mean and deviation'}, not by "
-                  f"the preset's {config['whitening'] or 'mean and deviation'}")
-        config["whitening"] = way
+        config["zca"] = "zca" in known
         data |= {k: known[k] for k in PREPARED if k in known}
-    elif way := config["whitening"]:   # colours, as mean and std, whatever --val and --subset leave
-        data[way] = of_first(args, fit_zca(data["train_x"]) if way == "zca" else
-                             fit_colours(whole[:, :, ::4, ::4]))
+    elif config["zca"]:
+        data["zca"] = of_first(args, fit_zca(data["train_x"]))
     model, hyperparam = build_model(config)
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),

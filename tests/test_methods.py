@@ -1,6 +1,7 @@
 """The family of methods on the command line: training, conversion, export, scores and sweeps."""
 
 import functools
+import itertools
 import json
 import os
 import signal
@@ -170,19 +171,18 @@ def test_training_starts_from_the_weights_in_a_file(fp32, tmp_path):
     assert all(torch.equal(b, net[k]) for k, b in job.start[1].items())
 
 
-@pytest.fixture(scope="module")
-def whitened(tmp_path_factory):
-    """A network trained by bc on images of whitened colours: its folder."""
-    folder = tmp_path_factory.mktemp("bc") / "run"
-    assert main(*TINY, "--mode", "bc", "--epochs", 1, "--out", folder) == 0
-    return folder
-
-
 def rewritten(folder, path, **changed):
     """The path of a copy of the checkpoint in a folder with other entries."""
     content = {**bcq.read_checkpoint(folder / "model.pth"), **changed}
     bcq.save_checkpoint(path, **{k: v for k, v in content.items() if k != "bcq"})
     return path
+
+
+@pytest.fixture(scope="module")
+def whitened(fp32, tmp_path_factory):
+    """The file of a network that says its images are whitened."""
+    zca = torch.arange(3072.0), 2 * torch.eye(3072)
+    return rewritten(fp32, tmp_path_factory.mktemp("zca") / "model.pth", zca=zca)
 
 
 def job_of(*words):
@@ -191,42 +191,32 @@ def job_of(*words):
 
 @pytest.mark.parametrize("flag", ["--init", "--teacher"])
 def test_images_are_prepared_as_the_network_that_training_starts_or_learns_from_knows_them(
-        flag, fp32, whitened, tmp_path, capsys):
-    mean, matrix = bcq.read_checkpoint(whitened / "model.pth")["colours"]
-    odd = rewritten(whitened, tmp_path / "a.pth", colours=(mean + 0.1, 2 * matrix))
-    job = job_of("--mode", "lsq", flag, odd)
-    assert same(job.dataset["colours"], (mean + 0.1, 2 * matrix)) and job.config["whitening"] == "colours"
-    assert "prepared as for the given network, by colours, not by" in capsys.readouterr().out
-    plain = job_of("--mode", "bc", flag, rewritten(fp32, tmp_path / "b.pth", mean=[0.1, 0.2, 0.3]))
-    assert plain.config["whitening"] is None and plain.dataset["mean"] == [0.1, 0.2, 0.3]
-    assert run.whitened(plain.dataset) is None
+        flag, fp32, whitened, tmp_path):
+    job = job_of("--mode", "bc", flag, whitened)
+    assert same(job.dataset["zca"], bcq.read_checkpoint(whitened)["zca"]) and job.config["zca"]
+    other = job_of("--mode", "bc", flag, rewritten(fp32, tmp_path / "b.pth", mean=[0.1, 0.2, 0.3]))
+    assert other.dataset["mean"] == [0.1, 0.2, 0.3] and not other.config["zca"] and "zca" not in other.dataset
 
 
 def test_a_file_of_weights_alone_leaves_the_preparation_to_the_preset_or_to_the_teacher(whitened, tmp_path):
     torch.save(models.fast().state_dict(), tmp_path / "weights.pth")
-    words = ["--width", "1", "--init", tmp_path / "weights.pth"]
-    assert job_of("--mode", "bc", *words).config["whitening"] == "colours"
-    assert job_of("--mode", "fp32", *words).config["whitening"] is None
-    job = job_of("--mode", "fp32", *words, "--teacher", whitened / "model.pth")
-    assert job.config["whitening"] == "colours"
+    words = ["--mode", "bc", "--width", "1", "--init", tmp_path / "weights.pth"]
+    alone, taught = job_of(*words), job_of(*words, "--teacher", whitened)
+    assert not alone.config["zca"] and taught.config["zca"]
 
 
-def test_a_resumed_run_prepares_images_as_it_began(whitened, tmp_path):
-    mean, matrix = bcq.read_checkpoint(whitened / "last.pth")["colours"]
-    saved = {**bcq.read_checkpoint(whitened / "last.pth"), "colours": (mean, 2 * matrix)}
-    args = run.parse_arguments([*TINY, "--mode", "bc", "--epochs", "1"])
-    assert same(run.prepare_job(args, saved).dataset["colours"], (mean, 2 * matrix))
+def test_a_resumed_run_prepares_images_as_it_began(fp32):
+    saved = {**bcq.read_checkpoint(fp32 / "last.pth"), "mean": [0.1, 0.2, 0.3]}
+    args = run.parse_arguments([*TINY, "--mode", "fp32", "--epochs", "2"])
+    assert run.prepare_job(args, saved).dataset["mean"] == [0.1, 0.2, 0.3]
 
 
-def test_colours_are_whitened_alike_whatever_is_held_out_or_left_out():
-    of = lambda *words: job_of("--mode", "bc", *words).dataset["colours"]
-    assert same(of("--subset", "200", "--seed", "1"), of("--val", "900"))
-
-
-def test_a_teacher_that_knows_images_otherwise_than_the_network_of_init_is_refused(fp32, whitened, capsys):
-    for first, second in ((fp32, whitened), (whitened, fp32)):
-        assert main(*TINY, "--mode", "bc", "--epochs", 1, "--init", first / "model.pth", "--teacher",
-                    second / "model.pth") == 2
+def test_a_teacher_that_knows_images_otherwise_than_the_network_of_init_is_refused(
+        fp32, whitened, tmp_path, capsys):
+    odd = rewritten(fp32, tmp_path / "odd.pth", std=[0.1, 0.2, 0.3])
+    files = fp32 / "model.pth", whitened, odd
+    for first, second in itertools.permutations(files, 2):
+        assert main(*TINY, "--mode", "bc", "--epochs", 1, "--init", first, "--teacher", second) == 2
         assert "was trained on images prepared in another way" in capsys.readouterr().err
 
 

@@ -96,9 +96,8 @@ def test_the_network_in_the_file_is_binary_and_its_accuracy_is_the_one_reported(
     assert all(set(params[n].unique().tolist()) == {-1.0, 1.0} for n in bcq.quantizable(model))
     trained_layers = [n for n in bcq.quantizable(model) if n != "stem.weight"]
     assert not any(set(meta["latent"][n].unique().tolist()) <= {-1.0, 1.0} for n in trained_layers)
-    mean, matrix = (v.double().numpy() for v in meta["colours"])
-    pixels = shapes["test_x"].numpy().transpose(0, 2, 3, 1) / 255
-    x = torch.from_numpy(((pixels - mean) @ matrix).transpose(0, 3, 1, 2))
+    x = (shapes["test_x"].double() / 255 - torch.tensor(meta["mean"]).view(1, 3, 1, 1)) / torch.tensor(
+        meta["std"]).view(1, 3, 1, 1)
     module = models.fast(**meta["hyperparam"])
     module.load_state_dict(torch.load(folder / "model.pth")["net"])
     with torch.no_grad():
@@ -163,7 +162,7 @@ def test_the_papers_recipe_has_the_papers_numbers():
     name, settings = run.preset("bc", "vgg_bc", paper=True)
     assert name == "paper" and settings["epochs"] == 500 and settings["batch_size"] == 50
     assert settings["lr"] == 3e-3 and settings["lr_end"] == 2e-6 and settings["optimizer"] == "adam-glorot"
-    assert settings["loss"] == "square hinge" and settings["whitening"] == "zca"
+    assert settings["loss"] == "square hinge" and settings["zca"]
     assert settings["latents"] == "uniform" and not settings["flip"] and not settings["crop"]
     lr_at = run.schedule(settings, 900)
     assert lr_at(0) == lr_at(899) == 3e-3 and 2e-6 < lr_at(499 * 900) < 2.1e-6
@@ -349,23 +348,6 @@ def test_zca_whitens_the_images_it_was_fitted_to(shapes):
     values = torch.linalg.eigvalsh(white.T @ white / len(white))
     assert values[1:].min(
     ) > 0.9 and values.max() < 1.1  # one direction has no variance: each image has mean 0
-
-
-def test_whitened_colours_have_mean_0_and_no_correlation_whatever_the_place_of_the_pixel(shapes):
-    x = shapes["train_x"][:2000]
-    white = run.prepare(x, {"colours": run.fit_colours(x, bias=0)})
-    assert white.dtype == torch.float32 and white.is_contiguous(memory_format=torch.channels_last)
-    pixels = white.double().numpy().transpose(1, 0, 2, 3).reshape(3, -1)
-    assert np.allclose(np.cov(pixels), np.eye(3), atol=1e-4) and np.allclose(pixels.mean(1), 0, atol=1e-4)
-
-
-def test_grey_images_are_whitened_without_a_division_by_0(shapes):
-    grey = shapes["train_x"][:100, :1].expand(-1, 3, -1, -1)
-    for noise in (torch.zeros(100, 3, 32, 32), torch.randint(-1, 2, (100, 3, 32, 32))):
-        x = (grey.int() + noise).clamp(0, 255).to(torch.uint8)
-        white = run.prepare(x, {"colours": run.fit_colours(x)})
-        assert 0.9 < white.mean(1).std() * 3 ** 0.5 < 1.1            # one direction of three: brightness
-        assert (white - white.mean(1, keepdim=True)).var() < 0.1     # noise of a grey level remains noise
 
 
 def test_a_tree_of_images_is_read_as_cifar10_and_as_a_data_set_of_its_own_and_is_cached(tmp_path):
