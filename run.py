@@ -665,17 +665,21 @@ def build_model(config):
     return model, hyperparam
 
 
-def load_network(path, device, name=None):
-    """The network in a checkpoint: a namespace of name, model, params, buffers, meta, dtype and forward."""
+def load_network(path, device, name=None, **hyperparam):
+    """The network in a checkpoint: a namespace of name, model, params, buffers, meta, dtype and forward.
+
+    name, hyperparam: of the model, for a file of weights alone, which does not say.
+    """
     if path is None:
         raise ValueError("this mode needs --checkpoint FILE")
     content = bcq.read_checkpoint(path)
     config = content.get("config")
     name = name or (config.get("model") if isinstance(config, dict) else None)
     if not name:
-        raise ValueError(f"{path}: does not say of which model it is; add --model")
+        raise ValueError(f"{path}: does not say of which model it is (with --checkpoint: add --model)")
     load = bcq.load_packed if "packed" in content else bcq.load_checkpoint
-    model, params, buffers, meta = load(path, builder(name))
+    build = builder(name) if "hyperparam" in content else partial(builder(name), **hyperparam)
+    model, params, buffers, meta = load(path, build)
     dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     params, buffers, meta = (bcq.to_device(v, device) for v in (params, buffers, meta))
     forward = bcq.in_dtype(dtype)
@@ -1099,9 +1103,10 @@ def resumed_args(args, saved):
     of_machine = ("data_dir", "threads", "device", "world", "compile", "command")
     own = {k: v for k, v in own.items() if k not in of_machine}
     for key in args.given.keys() & own.keys():
-        if args.given[key] not in (own[key], config.get(key)) and str(Path(
-                str(args.given[key])).resolve()) != own[key]:
-            raise ValueError(f"--{key.replace('_', '-')} {args.given[key]}: the run to resume has {own[key]}")
+        said = args.given[key], str(Path(str(args.given[key])).resolve())
+        if own[key] not in said and not (key == "dataset" and config[key] == said[0]):
+            has = "none" if own[key] is None else own[key]
+            raise ValueError(f"--{key.replace('_', '-')} {said[0]}: the run to resume has {has}")
     own = {k: config[k] for k in ("mode", "classes", "dtype")}
     source = {**saved["source"], **{k: args.given[k] for k in ("data_dir", "threads", "device", "compile")
                                     if k in args.given}}
@@ -1126,9 +1131,8 @@ def prepare_job(args, saved):
     if args.compile and args.world > 1:
         raise ValueError("--compile is for one process: the collectives of several break the graph")
     device, dtype = choose_device(args)
-    net_of = lambda path, name=None: path and in_fp32(load_network(path, device, name))
-    teacher, init = net_of(args.teacher), None if saved else net_of(args.init, args.model)
-    if init and init.packed:
+    teacher = args.teacher and in_fp32(load_network(args.teacher, device))
+    if args.init and not saved and "packed" in bcq.read_checkpoint(args.init):   # found before the data are
         raise ValueError(f"{args.init}: does not fit the model: it is packed")
     data = one_first(args, lambda: load_data(args.dataset, args.data_dir, args.classes))
     config = saved["config"] if saved else {**configure(args, data), "dtype": dtype}
@@ -1137,13 +1141,16 @@ def prepare_job(args, saved):
     if config["batch_size"] % args.world:
         raise ValueError(f"a batch of {config['batch_size']} images has no equal shares for {args.world} "
                          "processes: give another --batch-size")
+    model, hyperparam = build_model(config)
+    init = None
+    if args.init and not saved:
+        init = in_fp32(load_network(args.init, device, args.model, **hyperparam))
     known = saved or next((n.meta for n in (init, teacher) if n and set(PREPARED) & n.meta.keys()), {})
     if known:   # images as that network, or this run, knows them
         config["zca"] = "zca" in known
         data |= {k: known[k] for k in PREPARED if k in known}
     elif config["zca"]:
         data["zca"] = of_first(args, fit_zca(data["train_x"]))
-    model, hyperparam = build_model(config)
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
         hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"], teacher=teacher)
@@ -1733,6 +1740,8 @@ def run_cell(cell, words, places):
     unfinished.unlink(missing_ok=True)
     status = status or main(["--mode", "export", "--checkpoint", str(cell / "model.pth"), "--record",
                              str(unfinished), *places], alone=True)
+    if status and [p.name for p in cell.iterdir()] == ["words.json"]:   # nothing was trained with them
+        (cell / "words.json").unlink(), cell.rmdir()
     if status:
         print(f"run.py: the cell {cell.name} failed" if status < 128 else
               "run.py: the sweep stopped; the same command goes on with it", file=sys.stderr)

@@ -199,8 +199,8 @@ def test_images_are_prepared_as_the_network_that_training_starts_or_learns_from_
 
 
 def test_a_file_of_weights_alone_leaves_the_preparation_to_the_preset_or_to_the_teacher(whitened, tmp_path):
-    torch.save(models.fast().state_dict(), tmp_path / "weights.pth")
-    words = ["--mode", "bc", "--width", "1", "--init", tmp_path / "weights.pth"]
+    torch.save(models.fast(width=0.125).state_dict(), tmp_path / "weights.pth")
+    words = ["--mode", "bc", "--init", tmp_path / "weights.pth"]   # of the width that the flags say
     alone, taught = job_of(*words), job_of(*words, "--teacher", whitened)
     assert not alone.config["zca"] and taught.config["zca"]
 
@@ -340,6 +340,23 @@ def test_a_sweeps_grid_may_stand_in_a_file_and_bits_that_a_mode_does_not_take_ma
     cells = run.cells([str(tmp_path / "grid"), "width=1,0.5"])
     assert len(cells) == 2 * (1 + 4 + 1)
     assert all(("w-bits" in c) == (c["mode"] == "lsq") for c in cells)
+
+
+def test_a_cell_that_fails_before_its_first_step_binds_no_later_sweep_to_its_flags(fp32, tmp_path, capsys):
+    words = [*TINY, "--epochs", 1, "--mode", "sweep", "mode=bwn", "--out", tmp_path / "sweep", "--init"]
+    assert main(*words, tmp_path / "none.pth") == 2 and "none.pth" in capsys.readouterr().err
+    assert not (tmp_path / "sweep" / "bwn").exists()
+    assert main(*words, fp32 / "model.pth") == 0
+
+
+def test_a_resumed_run_refuses_another_file_of_the_same_name(fp32, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    words = ["--mode", "lsq", "--epochs", 1, "--out", folder]
+    assert main(*TINY, *words, "--init", fp32 / "model.pth") == 0
+    assert main("--resume", folder, "--init", fp32 / "model.pth", "--w-bits", 4) == 0
+    monkeypatch.chdir(folder)
+    assert main("--resume", ".", "--init", "model.pth") == 2
+    assert "--init model.pth: the run to resume has" in capsys.readouterr().err
 
 
 def test_the_pareto_front_is_what_none_beats_in_both():

@@ -243,7 +243,7 @@ def test_a_finished_run_is_not_overwritten_and_resuming_it_trains_no_more(traine
 def test_flags_that_contradict_the_run_to_resume_are_an_error(trained):
     assert_one_clear_line(call("--resume", trained[0], "--lr", "0.5"), "--lr 0.5", "has 0")
     assert_one_clear_line(call("--resume", trained[0].parent / "nothing"), "no run to resume")
-    assert_one_clear_line(call("--resume", trained[0], "--w-bits", "2"), "--w-bits 2", "has None")
+    assert_one_clear_line(call("--resume", trained[0], "--w-bits", "2"), "--w-bits 2", "has none")
     assert_one_clear_line(call("--resume", trained[0], "--dataset", "cifar10"), "--dataset", "has shapes")
 
 
