@@ -1126,6 +1126,13 @@ def where(job):
             "compile": job.args.compile, "command": command_line(job.args)}
 
 
+def with_preparation(args, data, zca, known):
+    """The data with what prepare needs: from known, the entries of a checkpoint, or, if {}, by the preset."""
+    if known:   # images as that network, or this run, knows them
+        return {**data, **{k: known[k] for k in PREPARED if k in known}}
+    return {**data, "zca": of_first(args, fit_zca(data["train_x"]))} if zca else data
+
+
 def prepare_job(args, saved):
     """All that a training needs and does not change: the data, the network, the step, the schedule."""
     if args.compile and args.world > 1:
@@ -1146,11 +1153,8 @@ def prepare_job(args, saved):
     if args.init and not saved:
         init = in_fp32(load_network(args.init, device, args.model, **hyperparam))
     known = saved or next((n.meta for n in (init, teacher) if n and set(PREPARED) & n.meta.keys()), {})
-    if known:   # images as that network, or this run, knows them
-        config["zca"] = "zca" in known
-        data |= {k: known[k] for k in PREPARED if k in known}
-    elif config["zca"]:
-        data["zca"] = of_first(args, fit_zca(data["train_x"]))
+    data = with_preparation(args, data, config["zca"], known)
+    config["zca"] = "zca" in data
     job = argparse.Namespace(
         args=args, device=device, config=config, dataset=bcq.to_device(data, device), model=model.to(device),
         hyperparam=hyperparam, steps=len(data["train_y"]) // config["batch_size"], teacher=teacher)
@@ -1161,15 +1165,20 @@ def prepare_job(args, saved):
     if not saved:   # what a model of the user's own has frozen stays so
         still = [k for k, p in model.named_parameters() if not p.requires_grad]
         config["frozen"] = [*config["frozen"], *(k for k in still if k not in config["frozen"])]
-    params, buffers = bcq.split(job.model)
-    check = argparse.Namespace(name=config["model"], model=job.model, forward=bcq.apply, params=params,
-                               buffers=buffers)
-    for train in (False, True):
-        check_network(check, prepare(job.dataset["train_x"][:2], job.dataset), config["classes"], train)
+    check_model(job)
     apply_method(job, saved, init)
     job.init, job.update = optimizer(config, job.start[0], job.names)
     job.lr_at, job.step = schedule(config, job.steps), make_step(job)
     return job
+
+
+def check_model(job):
+    """check_network of a job's model as it is, evaluating and training."""
+    params, buffers = bcq.split(job.model)
+    net = argparse.Namespace(name=job.config["model"], model=job.model, forward=bcq.apply, params=params,
+                             buffers=buffers)
+    for train in (False, True):
+        check_network(net, prepare(job.dataset["train_x"][:2], job.dataset), job.config["classes"], train)
 
 
 def started(job, net):
