@@ -1867,7 +1867,7 @@ def predict(args):
 
 
 def one_line(error):
-    """The first line of an error's message, without a final full stop."""
+    """The first line of an error's message, without a final full stop; of a file's, its name and why."""
     if isinstance(error, OSError) and error.filename and error.strerror:   # not [Errno 2] ...
         return f"{error.filename}: {error.strerror}"
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
