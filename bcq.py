@@ -67,7 +67,8 @@ def ternarize(w):
     return torch.where(kept, alpha * binarize(w), 0.0)
 
 def masked(quantizer, mask):
-    """The quantizer with 0 wherever mask (bool, like the weight) is False: pruned weights stay zeros."""
+    """The quantizer with 0 wherever mask (bool, like the weight) is False: pruned weights stay zeros. The
+    latent ones behind them go on moving where the gradient passes straight through the quantizer."""
     return lambda w, *more: torch.where(mask, quantizer(w, *more), 0.0)
 
 def prune(params, names, share):
@@ -167,12 +168,14 @@ def make_train_step(model, names, quantizer, update, loss, clip=clip_params, for
     The step returns (params, buffers, opt_state, metrics) with the latent params; metrics: loss and accuracy
     (0 to 1) of the batch, tensors. batch: (x, labels), labels int64 (n,), or probabilities (n, classes), of a
     teacher or of mixed images. An ordinary network is the case of no names. All params are trained but those
-    in frozen, which init and update are not given. KeyError. Source: the paper, Algorithm 1."""
+    in frozen, which init and update are not given. clip(params, names): for scaled weights, as of BWN, give
+    one that leaves them as they are. KeyError. Source: the paper, Algorithm 1."""
     names, frozen = set(names), set(frozen)
     def step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
+        _known(params, frozen)
         params = {k: w.detach() for k, w in params.items()}
-        trained = [k for k in params if k not in _known(params, frozen)]
+        trained = [k for k in params if k not in frozen]
         latent = {k: w.detach().requires_grad_(k in trained) for k, w in params.items()}
         weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
         logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
@@ -210,20 +213,23 @@ def recalibrate(model, params, buffers, batches, forward=apply):
     """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
     Training leaves moving averages over steps in which other signs were in force. Pass training images, not
     test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576."""
-    statistics = {f"{k}.running_{name}": m.momentum or 1.0 for k, m in _norms(model).items()
-                  if m.momentum != 0 for name in ("mean", "var")}
-    # what a training pass leaves of blank statistics is the batch's, times the momentum; where that is None
-    # it counts the passes
-    reset = statistics.keys() | {f"{k}.num_batches_tracked" for k in _norms(model)}
-    blank = {k: torch.zeros_like(b) if k in reset else b for k, b in buffers.items()}
-    seen = []
+    seen, counter = [], "{}.num_batches_tracked".format
     for x, _ in batches:
         with torch.no_grad():
+            if not seen:   # how often does a pass use each norm? not at all where it is frozen
+                _, after = forward(model, params, buffers, x, train=True)
+                used = {k: (after[counter(k)] - buffers[counter(k)]).item() for k in _norms(model)}
+                # what it leaves of blank statistics is the batch's, times a share that follows from that
+                share = {k: min(used[k], 1) if m.momentum is None else 1 - (1 - m.momentum) ** used[k]
+                         for k, m in _norms(model).items()}
+                share = {f"{k}.running_{name}": s for k, s in share.items() if s for name in ("mean", "var")}
+                own = share.keys() | {counter(k) for k in used}
+                blank = {k: torch.zeros_like(b) if k in own else b for k, b in buffers.items()}
             _, after = forward(model, params, blank, x, train=True)
-        seen.append({k: after[k] / momentum for k, momentum in statistics.items()})
+        seen.append({k: after[k] / s for k, s in share.items()})
     if not seen:
         raise ValueError("no images to recalibrate on")
-    return {**buffers, **{k: torch.stack([s[k] for s in seen]).mean(0) for k in statistics}}
+    return {**buffers, **{k: torch.stack([s[k] for s in seen]).mean(0) for k in seen[0]}}
 
 # ---- 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
 #    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules ----
@@ -310,13 +316,13 @@ def scale_lr(optimizer, scale):
 def glorot_scale(params, names, power=1):
     """The paper's learning-rate scale of each weight: {name: (1 / sqrt(1.5 / (fan_in + fan_out))) ** power}.
     power 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper, section 2.5;
-    the coefficient is Glorot and Bengio's (2010), by which the authors' code divides."""
+    the authors' code divides by this, half of the bound that Glorot and Bengio (2010) draw weights within."""
     fans = {n: params[n][0].numel() + params[n][:, 0].numel() for n in names}
     return {n: (fan / 1.5) ** (power / 2) for n, fan in fans.items()}
 
-def linear_schedule(peak, steps, warmup=0):
-    """lr(step): up to peak over warmup steps, then down in a straight line, to 0 at step == steps."""
-    return lambda step: peak * min((step + 1) / (warmup + 1), (steps - step) / (steps - warmup))
+def linear_schedule(peak, steps):
+    """lr(step): from peak down in a straight line, to 0 at step == steps."""
+    return lambda step: peak * ((steps - step) / steps)
 
 # ---- 7. Lower precision: in training by autocast, after training as a map over the dict ----
 def mixed_precision(dtype):
@@ -337,10 +343,11 @@ def to_dtype(tensors, dtype):
     return converted
 
 def in_dtype(dtype):
-    """A forward to pass in place of apply, for params and buffers in dtype: the inputs are cast too."""
+    """A forward to pass in place of apply, for params and buffers in dtype: floating inputs are cast too."""
+    cast = lambda t: t.to(dtype) if t.is_floating_point() else t
     def forward(model, params, buffers, x, train=False):
-        cast = tuple(t.to(dtype) for t in x) if isinstance(x, tuple) else x.to(dtype)
-        logits, buffers = apply(model, params, buffers, cast, train)
+        x = tuple(map(cast, x)) if isinstance(x, tuple) else cast(x)
+        logits, buffers = apply(model, params, buffers, x, train)
         return logits.float(), buffers
     return forward
 
@@ -366,9 +373,11 @@ class Weight(torch.Tensor):
             if function in (F.conv2d, F.linear):
                 call = {**dict(zip(_LAYER, args)), **(kwargs or {})}
                 return call.pop("weight").compute(function, call.pop("input"), **call)
-            moves = function.__name__ in ("to", "clone", "half", "cuda", "cpu", "float", "double", "bfloat16")
+            moves = function.__name__ in ("to", "clone", "half", "cuda", "cpu", "float", "double", "bfloat16",
+                                          "__deepcopy__", "__reduce_ex__")
             if moves and any(isinstance(a, cls) and a.parts is not None for a in args):
-                raise TypeError("a deployed tensor is more than its values: move it with to_device")
+                raise TypeError("a deployed tensor is more than its values: move it with to_device, save it "
+                                "with save_packed")
             args, kwargs = tree_map_only(cls, lambda a: a.value(), (args, kwargs or {}))
             return function(*args, **kwargs)
 
@@ -381,7 +390,7 @@ def lsq(x, step, low, high, size):
     """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
     size: how many values share the step: the weight's, or the features of one image; the step's gradient is
     scaled by 1 / sqrt(size * high). Source: LSQ, Esser et al. 2020, arXiv:1902.08153, section 2."""
-    step = straight_through(step * (size * max(high, 1)) ** -0.5, step)
+    step = straight_through(step * (size * max(high, 1)) ** -0.5, step)   # the step, its gradient scaled
     v = (x / step).clamp(low, high)
     return straight_through(v, v.round()) * step
 
@@ -392,7 +401,8 @@ def lsq_weights(bits):
 def _wrap(params, names, around):
     """The params with, for each name, a Weight whose layer is layer(around(name, x), w, ...)."""
     weight = lambda name, w: Weight(w, lambda layer, x, **more: layer(around(name, x), w, **more), lambda: w)
-    return {k: weight(k, w) if k in _known(params, names) else w for k, w in params.items()}
+    names = _known(params, names)
+    return {k: weight(k, w) if k in names else w for k, w in params.items()}
 
 def with_inputs(grids, forward=apply):
     """A forward to pass in place of apply: the same, with layers that quantize their inputs first.
@@ -414,7 +424,7 @@ def min_max(x, bits):
     return step, min(2**bits - 1, round((-low / step).item()))
 
 def least_squares(x, bits):
-    """The grid (step, zero), of 40 parts of min_max's, of least squared error on 50,000 values of x."""
+    """The grid (step, zero), of 40 parts of min_max's, of least squared error on some 50,000 values of x."""
     x = x.flatten()[::max(1, x.numel() // 50_000)].float()
     widest, zero = min_max(x, bits)
     error = lambda s: ((x / s).round().clamp(-zero, 2**bits - 1 - zero) * s - x).square().mean().item()
@@ -561,10 +571,12 @@ def pack(params, bits, grids=None):
     """The params of the deployed network: the same dict with tensors that hold so many bits, and no steps.
     bits: {name: 1 to 8}: 1 for alpha * sign(w), 2 for ternary weights, k for weights on the grid of their
     "NAME:step", or rounded to that of their largest value, filter by filter; grids: {name: (bits, zero)} for
-    inputs, each with an "NAME:input_step" unless dynamic. Raises ValueError where 1 bit is not enough, or
-    an input on a grid meets real weights; KeyError."""
+    inputs, each with an "NAME:input_step" unless dynamic. Raises ValueError where 1 bit is not enough, where
+    bits are not 1 to 8, or an input on a grid meets real weights; KeyError."""
     def packed(name, w):
         shift, b = params.get(f"{name}:shift"), bits.get(name, 32)
+        if b not in (*range(1, 9), 16, 32) or grids.get(name, (8, 0))[0] not in range(1, 9):
+            raise ValueError(f"{name}: bits of weights (16 and 32: real ones) and inputs are 1 to 8")
         if b > 8 and name in grids:
             raise ValueError(f"{name}: integers need weights of 8 bits at most, for an input on a grid")
         if b > 8:
@@ -587,6 +599,8 @@ def scale_and_shift(model, params, buffers):
     params, buffers = dict(params), dict(buffers)
     for k, m in _norms(model).items():
         if m.affine:
+            if f"{k}.weight" not in params or f"{k}.bias" not in params:
+                raise ValueError(f"{k}: shares its weight with another batch norm, of other statistics")
             scale = params[f"{k}.weight"] / (buffers[f"{k}.running_var"] + m.eps).sqrt()
             params[f"{k}.bias"] = params[f"{k}.bias"] - buffers[f"{k}.running_mean"] * scale
             params[f"{k}.weight"] = scale
@@ -606,13 +620,13 @@ def fold_pairs(model):
     except Exception:   # of the user's code, which tracing runs
         return {}
     called = [n.target for n in nodes if n.op == "call_module"]
-    layers = {k: m.weight for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    layers = {k: m for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     norms = {k for k, m in _norms(model).items() if m.affine}
     alone = lambda n, kind: n.op == "call_module" and n.target in kind and called.count(n.target) == 1
     pairs = [(n, n.args[0]) for n in nodes if alone(n, norms) and n.args and alone(n.args[0], layers)]
-    owners = [id(w) for w in layers.values()]
-    return {norm.target: layer.target for norm, layer in pairs
-            if len(layer.users) == 1 and owners.count(id(layers[layer.target])) == 1}
+    owners = [id(t) for m in layers.values() for t in m.parameters()]
+    own = lambda layer: all(owners.count(id(t)) == 1 for t in layers[layer.target].parameters())
+    return {norm.target: layer.target for norm, layer in pairs if len(layer.users) == 1 and own(layer)}
 
 def fold(params, pairs):
     """The params, as scale_and_shift leaves them, with batch norms folded into layers: pairs {norm: layer}.
@@ -679,7 +693,8 @@ def count_cost(model, params, buffers, shape=(3, 32, 32)):
     """What the network stores, and computes for one image of that shape: a list of rows, dicts.
     params, buffers: as it is deployed, packed or real. layer: the weight's name, or an operation's; values
     and zeros in it, w_bits each; side_bits: of its scales, shift and step; a_bits: of the inputs as they are
-    multiplied; macs: multiply-accumulates, terms in each of outputs sums; ops: others. Norms: two vectors."""
+    multiplied; macs: multiply-accumulates, terms in each of outputs sums; ops: others, an activation one a
+    value, whichever it is; rounding inputs to their grid none. Norms: two vectors."""
     own = {k: w for k, w in params.items() if ":" not in k}
     stored = own | {k: b for k, b in buffers.items() if k not in _constants(model) and b.ndim}
     real = max([8 * w.element_size() for w in own.values() if not isinstance(w, Weight)], default=32)

@@ -46,8 +46,7 @@ OPTIMIZERS = {
 }
 DEFAULTS = dict(epochs=60, batch_size=128, optimizer="sgd", schedule="linear", loss="cross-entropy", act=None,
                 w_bits=None, a_bits=None, step_lr=0.02, prune=0.0, mix=None, teacher_share=0.9, smoothing=0.0,
-                latents="model", frozen=[], real_epochs=0, flip=True, crop=4, cutout=0, recalibrate=0,
-                zca=False)
+                latents="model", frozen=[], real_epochs=0, flip=True, crop=4, recalibrate=0, zca=False)
 PRESETS = {
     "fast": dict(epochs=11, batch_size=500, optimizer="muon", frozen=["stem.weight"], smoothing=0.2, crop=3,
                  recalibrate=5000),
@@ -290,7 +289,7 @@ def load_data(dataset, data_dir, classes=None):
     if data["name"] in STATISTICS:
         data["mean"], data["std"] = STATISTICS[data["name"]]
     else:
-        pixels = data["train_x"][:10_000].double() / 255
+        pixels = data["train_x"][::-(-len(data["train_x"]) // 10_000)].double() / 255   # of every class
         data["mean"], data["std"] = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     return data
 
@@ -321,12 +320,11 @@ def by_channel(values, device):
     return torch.tensor(values, device=device).view(1, -1, 1, 1) * 255
 
 
-def augment(x, flip, crop, cutout, draw):
-    """Mirrored, shifted and cut images, uint8 like x (n, c, h, w).
+def augment(x, flip, crop, draw):
+    """Mirrored and shifted images, uint8 like x (n, c, h, w).
 
     flip: bool (n,), which to mirror, or None; crop: shift by up to crop pixels over a reflected border;
-    cutout: the side in pixels of a square of mean grey (DeVries and Taylor 2017), 0 for none; draw(high):
-    a random integer from 0 to high - 1 for each image, int64 (n,).
+    draw(high): a random integer from 0 to high - 1 for each image, int64 (n,).
     """
     n, _, h, w = x.shape
     if flip is not None:
@@ -334,9 +332,6 @@ def augment(x, flip, crop, cutout, draw):
     if crop:
         windows = F.pad(x, (crop, ) * 4, mode="reflect").unfold(2, h, 1).unfold(3, w, 1)
         x = windows[torch.arange(n, device=x.device), :, draw(2 * crop + 1), draw(2 * crop + 1)]
-    if cutout:
-        near = lambda size: (torch.arange(size, device=x.device) - draw(size)[:, None]).abs() * 2 < cutout
-        x = x.masked_fill((near(h)[:, :, None] & near(w)[:, None, :])[:, None], 118)
     return x
 
 
@@ -666,7 +661,7 @@ def build_model(config):
 
 
 def load_network(path, device, name=None, **hyperparam):
-    """The network in a checkpoint: a namespace of name, model, params, buffers, meta, dtype and forward.
+    """The network in a checkpoint: a namespace of source, name, model, params, buffers, meta, dtype, forward.
 
     name, hyperparam: of the model, for a file of weights alone, which does not say.
     """
@@ -680,13 +675,16 @@ def load_network(path, device, name=None, **hyperparam):
     load = bcq.load_packed if "packed" in content else bcq.load_checkpoint
     build = builder(name) if "hyperparam" in content else partial(builder(name), **hyperparam)
     model, params, buffers, meta = load(path, build)
+    for k, t in {**params, **buffers}.items():
+        if not isinstance(t, bcq.Weight) and (t.isnan() if k in buffers else ~t.isfinite()).any():
+            raise ValueError(f"{path}: {k} has values that are no numbers, or infinite")
     dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     params, buffers, meta = (bcq.to_device(v, device) for v in (params, buffers, meta))
     forward = bcq.in_dtype(dtype)
     if "packed" not in content and meta.get("grids"):
         params, forward = {**params, **meta["steps"]}, bcq.with_inputs(meta["grids"], forward)
-    return argparse.Namespace(name=name, model=model.to(device), params=params, buffers=buffers, meta=meta,
-                              dtype=dtype, forward=forward, packed="packed" in content)
+    return argparse.Namespace(source=path, name=name, model=model.to(device), params=params, buffers=buffers,
+                              meta=meta, dtype=dtype, forward=forward, packed="packed" in content)
 
 
 def check_network(net, x, classes, train=False):
@@ -697,7 +695,7 @@ def check_network(net, x, classes, train=False):
 
     found = in_one_line(net.name, shape)
     if found != (len(x), classes):
-        raise ValueError(f"--model {net.name}: gives {found} for {len(x)} images of {classes} classes")
+        raise ValueError(f"{net.source}: gives {found} for {len(x)} images of {classes} classes")
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -727,9 +725,6 @@ def configure(args, data):
         config["real_epochs"] = 0 if config["prune"] else min(config["real_epochs"], config["epochs"] // 2)
     elif config["real_epochs"] >= config["epochs"]:
         raise ValueError(f"--real-epochs {config['real_epochs']}: none of {config['epochs']} epochs is left")
-    if config["real_epochs"] and (args.mode in ("lsq", "xnor") or config["prune"]):
-        raise ValueError(f"--real-epochs is for weights alone: not for --mode {args.mode} with quantized "
-                         "inputs, nor with --prune; --init starts from a real network")
     total = len(data["train_y"])
     if args.val is None:
         config["val"] = min(5000, total // 10)
@@ -818,7 +813,7 @@ def make_images(job):
         flip = mirrored[chosen] ^ bool(epoch % 2) if config["flip"] else None  # in turns
         own = generator(seed, "augment", epoch, i, device=device)
         draw = lambda high: torch.randint(high, (size, ), generator=own, device=device)[rows]
-        x = prepare(augment(data["train_x"][chosen], flip, config["crop"], config["cutout"], draw), data)
+        x = prepare(augment(data["train_x"][chosen], flip, config["crop"], draw), data)
         labels = data["train_y"][chosen]
         return x, F.one_hot(labels, config["classes"]).float() if config["mix"] or job.teacher else labels
 
@@ -870,8 +865,9 @@ def fresh(job):
     """The state of a training run before its first step."""
     params, buffers = job.start
     trained = {k: w for k, w in params.items() if k not in job.config["frozen"]}
-    if job.config["latents"] == "uniform":       # over [-1, 1], as in the paper's code
-        noise = bcq.draw_noise(params, job.names, generator(job.config["seed"], "latents", device=job.device))
+    if job.config["latents"] == "uniform" and not job.args.init:   # over [-1, 1], as in the paper's code
+        drawn = [n for n in job.names if n in trained]
+        noise = bcq.draw_noise(params, drawn, generator(job.config["seed"], "latents", device=job.device))
         params = {**params, **{k: 2 * u - 1 for k, u in noise.items()}}
     return {
         "params": params, "buffers": buffers, "opt_state": job.init(trained), "epoch": 0, "step": 0,
@@ -1054,6 +1050,8 @@ def find_run(args):
     if args.resume and not named:
         raise ValueError("--resume needs the folder of the run: --resume DIR")
     folder = Path(named) if named else next(f for f in new if not f.exists())
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, not the folder of a run")
     saved = folder / "last.pth"
     if args.resume and (saved.exists() or isinstance(args.resume, str)):
         if not saved.exists():
@@ -1175,8 +1173,9 @@ def prepare_job(args, saved):
 def check_model(job):
     """check_network of a job's model as it is, evaluating and training."""
     params, buffers = bcq.split(job.model)
-    net = argparse.Namespace(name=job.config["model"], model=job.model, forward=bcq.apply, params=params,
-                             buffers=buffers)
+    name = job.config["model"]
+    net = argparse.Namespace(source=f"--model {name}", name=name, model=job.model, forward=bcq.apply,
+                             params=params, buffers=buffers)
     for train in (False, True):
         check_network(net, prepare(job.dataset["train_x"][:2], job.dataset), job.config["classes"], train)
 
@@ -1234,7 +1233,7 @@ def choose_bits(job):
     if not names:
         raise ValueError(f"--mode {config['mode']}: the model has no layer between its first and its last")
     if config["prune"]:
-        own = bcq.prune(params, names, config["prune"])
+        own = bcq.prune({n: params[n] * job.masks.get(n, 1) for n in names}, names, config["prune"])
         job.masks = {n: mask & job.masks.get(n, mask) for n, mask in own.items()}   # zeros stay zeros
     job.names = names if config["mode"] != "fp32" or job.masks else []
     job.bits, job.grids = dict.fromkeys(job.names, bits), {}
@@ -1288,11 +1287,15 @@ def train(args):
     folder, saved = one_folder(args)
     args = resumed_args(args, saved) if saved else args
     if saved and (done := finished(folder)) is not None:
-        print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with")
+        print(f"test       accuracy {done:.4f}: {folder} is finished, there is nothing to go on with"
+              + ", nor to record" * bool(args.record))
         return expect(args, done)
     job = prepare_job(args, saved)
     run = same_start(args, bcq.to_device(saved["state"], job.device) if saved else fresh(job))
+    begun = time.perf_counter()
     describe(job, run)
+    if args.compile:   # the first steps, though thrown away, compiled the graph
+        run = {**run, "seconds": run["seconds"] + time.perf_counter() - begun}
     folder.mkdir(parents=True, exist_ok=True)
     keep = partial(save, folder / "last.pth", job, source=where(job))
     keep = keep if args.rank == 0 else lambda *_, **__: None
@@ -1381,7 +1384,7 @@ THRESHOLDS = {"cifar10": 0.90, "cifar100": 0.80}
 
 
 def eligible(dataset, classes, accuracy):
-    """Whether a network may compete for a score: the whole data set at its threshold; None for other data."""
+    """Whether a network may compete for a score: all classes, at the threshold; None for other data."""
     if dataset not in THRESHOLDS:
         return None
     return classes == {"cifar10": 10, "cifar100": 100}[dataset] and accuracy >= THRESHOLDS[dataset]
@@ -1591,6 +1594,7 @@ def convert(args):
         print_sizes(net, after)
     if args.record:
         first = dict(zip(("fp32_accuracy", "fp32_seconds_1", "fp32_seconds_256"), (rows[0][0], *rows[0][2:])))
+        first["val_accuracy"] = net.meta.get("accuracies", {}).get("val_accuracy")
         record(args, args.mode, after, meta["config"], rows[1][0], device, name, None, meta["train_images"],
                method=name, seconds_1=rows[1][2], seconds_256=rows[1][3], predictions_changed=differ, **first)
     return expect(args, rows[1][0])
@@ -1724,6 +1728,9 @@ def cells(words):
     if not set(grid.get("mode", [])) <= MODES.keys():
         raise ValueError(f"mode={','.join(grid['mode'])}: a sweep takes {', '.join(MODES)}")
     runs = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    bits = [key for key in ("w-bits", "a-bits") if key in grid]
+    if bits and "lsq" not in grid.get("mode", []):
+        raise ValueError(f"{bits[0]} is for mode=lsq, which this sweep has not")
     for run in runs:
         if run.get("mode", "bc") != "lsq":
             run.pop("w-bits", None), run.pop("a-bits", None)
@@ -1793,11 +1800,12 @@ def sweep(args):
 
 
 def print_sweep(rows):
-    """The table of a sweep: the networks at or above the threshold, by accuracy, then the others."""
-    print(f"{'':28} {'accuracy':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
-    for row in sorted(rows, key=lambda r: (not r["eligible"], -r["test_accuracy"])):
+    """The table of a sweep, in the order of validation, as the test set is to choose nothing."""
+    print(f"{'':28} {'val':>9} {'test':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
+    val = lambda row: row.get("val_accuracy") or math.nan   # none without validation images
+    for row in sorted(rows, key=lambda r: -(r.get("val_accuracy") or 0)):
         below = "   below the threshold" if row["eligible"] is False else ""
-        print(f"{row['name']:28} {row['test_accuracy']:9.4f} {row['file_bytes']:11,} "
+        print(f"{row['name']:28} {val(row):9.4f} {row['test_accuracy']:9.4f} {row['file_bytes']:11,} "
               f"{row['course_score']:9.5f} {row['micronet_score']:9.5f}{below}")
 
 
@@ -1993,6 +2001,10 @@ def parse_arguments(argv):
     takes = TAKES.get("lsq" if resumed else args.mode, TRAINING - {"w_bits", "a_bits"})
     if lost := [k for k in given if k not in takes]:
         raise ValueError(f"--{lost[0].replace('_', '-')} is not for --mode {args.mode}")
+    other = "--prune" if given.get("prune") else f"--mode {args.mode}"   # inputs on grids, or all is real
+    real = not resumed and given.get("real_epochs")
+    if real and other in ("--prune", "--mode fp32", "--mode lsq", "--mode xnor"):
+        raise ValueError(f"--real-epochs is not for {other}: --init starts from a real network")
     if args.paper and args.mode not in ("fp32", "bc", "bc-stochastic", "sweep"):
         raise ValueError(f"--paper: BinaryConnect's recipe is not for --mode {args.mode}")
     if args.paper and given.get("lr") == 0:

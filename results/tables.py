@@ -42,7 +42,7 @@ def spread(values, form):
     return mean + (" +- " + form.format(statistics.stdev(values)) if len(values) > 1 else "")
 
 
-def table(groups):
+def table(groups, every):
     """The README's table of deployed networks, as Markdown."""
     lines = ["| method | test accuracy, % | seeds | epochs | W, A bits | real layers | file, kB | "
              "times smaller | course score | MicroNet score | 1 image, ms | 256 images, ms |",
@@ -51,7 +51,7 @@ def table(groups):
         r, median = records[0], lambda key, records=records: 1e3 * statistics.median(r[key] for r in records)
         accuracy = spread([100 * r["test_accuracy"] for r in records], "{:.2f}")
         lines.append(
-            f"| {name} | {accuracy} | {len(records)} | {epochs(r)} | {r['w_bits']}, {r['a_bits']} | "
+            f"| {name} | {accuracy} | {len(records)} | {epochs(r, every)} | {r['w_bits']}, {r['a_bits']} | "
             f"{r['real_layers']} | "
             f"{r['file_bytes'] / 1e3:,.0f} | {r['shrink']:.1f} | {r['course_score']:.4f} | "
             f"{r['micronet_score']:.4f} | {median('seconds_1'):.1f} | {median('seconds_256'):.0f} |")
@@ -60,11 +60,14 @@ def table(groups):
     return lines
 
 
-def epochs(r):
-    """The epochs of a network's training, those from which it started included."""
-    real = r["config"].get("real_epochs")
-    before = " + 11" if r["config"].get("init") else ""
-    return f"{r['epochs']}{before}" + (f", {real} of them real" if real else "")
+def epochs(r, records):
+    """The epochs of a network's training, in words, those of the fp32 network it started from included."""
+    real, started = r["config"].get("real_epochs"), r["config"].get("init")
+    of = lambda r: (r.get("dataset"), r.get("model"), r.get("width"))
+    before = [o["epochs"] for o in records if started and of(o) == of(r)
+              and (o["kind"], o.get("mode")) == ("train", "fp32")]
+    return "".join(f"{n} in fp32 + " for n in before[-1:]) + f"{r['epochs']}" + (
+        f", {real} of them real" if real else "")
 
 
 def times(records):
@@ -119,13 +122,10 @@ def best_scores(records):
         "", "| network at 90 % or more | test accuracy, % | epochs | W, A bits | file, bytes | course score "
         "| if zeros count as pruned | MicroNet score | scored on |", "|---|---|---|---|---|---|---|---|---|"
     ]
-    real = {(r["model"], r["width"]): r["epochs"] for r in records
-            if (r["kind"], r.get("mode"), r.get("dataset")) == ("train", "fp32", "cifar10")}
-    before = lambda r: f"{real[r['model'], r['width']]} in fp32 + " if r["config"].get("init") else ""
     for r in sorted(rows, key=lambda r: r["course_score"]):
         lines.append(
             f"| {r['mode']}, `{r['model']}` of width {r['width']} | {100 * r['test_accuracy']:.2f} | "
-            f"{before(r)}{r['epochs']} | {r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | "
+            f"{epochs(r, records)} | {r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | "
             f"{r['course_score']:.5f} | {r['course_score_zeros_pruned']:.5f} | {r['micronet_score']:.5f} | "
             f"{r['device_name']} |")
     return [*lines, "", "    python run.py --mode score --checkpoint model.bcq --data-dir DATA"
@@ -147,7 +147,8 @@ def inference(records):
         lines.append(f"| {' | '.join(cells)} |")
     rounds = sorted({r["rounds"] for r in rows})
     return [*lines, "", f"Medians of {' or '.join(map(str, rounds))} rounds, the versions in turns in one "
-            "process, eager, random weights; spread: by how much the slowest round was over the fastest, the "
+            "process, eager, random weights, bf16 by autocast, fp16 converted; spread: by how much the "
+            "slowest round was over the fastest, the "
             f"median of the versions; empty: not measured. {machine(rows)} Commands:", "", *commands(rows)]
 
 
@@ -314,7 +315,7 @@ def main():
     records = [json.loads(line) for line in lines if line.strip()]
     groups = published(records)
     sections = {
-        "results": [*table(groups), "", *conditions(groups, records), *built_in(records),
+        "results": [*table(groups, records), "", *conditions(groups, records), *built_in(records),
                     *best_scores(records), *time_to_accuracy(records)],
         "benchmarks": [*steps(records), *inference(records), *scaling(records), *beside(records)]}
     (HERE / "commands.txt").write_text("\n".join([*training_commands(groups, records), ""]))

@@ -281,6 +281,7 @@ def test_xnor_on_inputs_that_are_never_negative_is_answered_in_one_line(tmp_path
                                          (["--mode", "sweep", "mode=bc,"], "mode"),
                                          (["--mode", "sweep", "mode=nothing"], "nothing"),
                                          (["--mode", "sweep", "epochs=0"], "epochs"),
+                                         (["--mode", "sweep", "w-bits=2,4"], "w-bits is for mode=lsq"),
                                          (["--mode", "sweep", "out=a"], "out"), (["--prune", "1"], "--prune"),
                                          (["--mix", "blend"], "blend"), (["--dtype", "int8"], "int8")])
 def test_impossible_words_of_the_family_are_answered_in_one_line(words, part, tmp_path, monkeypatch, capsys):
@@ -291,6 +292,40 @@ def test_impossible_words_of_the_family_are_answered_in_one_line(words, part, tm
     assert run.main(words) == 2
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and part in err and err.startswith("run.py: ")
+
+
+@pytest.mark.parametrize("words", [[*TINY, "--mode", "bc", "--init"], ["--mode", "eval", "--checkpoint"]])
+def test_a_file_with_a_weight_that_is_no_number_is_refused_by_its_name(words, fp32, tmp_path, capsys):
+    net = bcq.read_checkpoint(fp32 / "model.pth")["net"]
+    net["convs.1.weight"][0, 0, 0, 0] = float("nan")
+    assert main(*words, rewritten(fp32, tmp_path / "nan.pth", net=net)) == 2
+    assert "nan.pth: convs.1.weight has values that are no numbers" in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_classes_is_blamed_by_its_own_name(fp32, tmp_path, capsys):
+    words = [*TINY, "--mode", "bc", "--classes", 4, "--teacher", fp32 / "model.pth"]
+    assert main(*words, "--out", tmp_path / "run") == 2
+    assert f"{fp32 / 'model.pth'}: gives (2, 10) for 2 images of 4 classes" in capsys.readouterr().err
+
+
+def test_the_papers_recipe_starts_from_the_weights_of_init_where_there_are_any(fp32):
+    begun = run.fresh(job_of("--paper", "--model", "fast", "--init", fp32 / "model.pth"))["params"]
+    net = bcq.read_checkpoint(fp32 / "model.pth")["net"]
+    assert same(begun, {k: net[k] for k in begun})
+    drawn = run.fresh(job_of("--paper", "--model", "fast"))["params"]["convs.0.weight"]
+    assert drawn.min() < -0.9 and drawn.max() > 0.9   # uniform in [-1, 1]
+
+
+def test_pruning_what_was_pruned_counts_its_zeros_wherever_their_latent_weights_have_moved(fp32, tmp_path):
+    content = bcq.read_checkpoint(fp32 / "model.pth")
+    names = bcq.quantizable(models.fast(width=0.125))
+    masks = bcq.prune(content["net"], names, 0.5)
+    latent = {**content["net"], **{n: torch.where(m, content["net"][n], 9.0) for n, m in masks.items()}}
+    pruned = rewritten(fp32, tmp_path / "pruned.pth", masks=masks, latent=latent)
+    job = job_of("--mode", "bc", "--init", pruned, "--prune", 0.6)
+    kept = torch.cat([mask.flatten() for mask in job.masks.values()]).float().mean()
+    assert abs(kept - 0.4) < 1e-3
+    assert not any((job.masks[n] & ~masks[n]).any() for n in names)
 
 
 def test_a_checkpoint_of_another_width_does_not_start_a_training(fp32, tmp_path, capsys):

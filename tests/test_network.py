@@ -162,6 +162,41 @@ def test_recalibrate_touches_batch_norm_alone():
     assert updated["3.factor"] == 3 and (updated["4.running_var"] > 8).all()   # 3 squared: it was in force
 
 
+def test_recalibrate_gives_a_norm_that_is_used_twice_the_statistics_of_what_it_receives():
+    norm = nn.BatchNorm1d(3)
+    model = nn.Sequential(norm, norm)
+    x = 5 + 2 * torch.randn(1000, 3)
+    params, buffers = bcq.split(model)
+    params["0.weight"] = torch.full((3,), 4.0)
+    updated = bcq.recalibrate(model, params, buffers, [(x, None)])
+    first, second = x.mean(0), torch.zeros(3)   # in this order: the last counts as 1, the first as 0.9
+    assert torch.allclose(updated["0.running_mean"], (0.9 * first + second) / 1.9, atol=1e-4)
+    assert torch.allclose(updated["0.running_var"], (0.9 * x.var(0) + 16 * 1000 / 999) / 1.9, rtol=1e-4)
+
+
+def test_recalibrate_keeps_the_statistics_of_a_frozen_norm_and_computes_with_them():
+    class Frozen(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4), nn.BatchNorm2d(4))
+    params, buffers = bcq.split(model)
+    buffers |= {"1.running_var": torch.full((4,), 9.0)}
+    x, _ = batch(0)
+    updated = bcq.recalibrate(model, params, buffers, [(x, None)])
+    assert (updated["1.running_var"] == 9).all()
+    received = model[0](x).detach() / 9.00001 ** 0.5
+    assert torch.allclose(updated["2.running_var"], received.var((0, 2, 3)), rtol=1e-3)
+
+
+def test_inputs_that_are_integers_stay_so_in_half_precision():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2))
+    low = [bcq.to_dtype(t, torch.float16) for t in bcq.split(model)]
+    x = torch.tensor([[0, 4, 2]])
+    logits, _ = bcq.in_dtype(torch.float16)(model, *low, x)
+    assert logits.shape == (1, 3, 2) and torch.allclose(logits, model(x), atol=1e-2)
+
+
 def test_a_forward_of_two_inputs_runs_in_half_and_in_mixed_precision():
     model = Counter()
     params, buffers = bcq.split(model)

@@ -159,11 +159,9 @@ def test_an_update_writes_into_none_of_its_arguments(pair):
     assert same(kept, (grads, state, params))
 
 
-def test_the_linear_schedule_rises_over_the_warmup_and_falls_in_a_line_to_zero():
+def test_the_linear_schedule_falls_in_a_line_to_zero():
     lr = bcq.linear_schedule(0.4, 10)
     assert [lr(i) for i in (0, 5, 10)] == pytest.approx([0.4, 0.2, 0.0])
-    warm = bcq.linear_schedule(0.4, 10, warmup=3)
-    assert [warm(i) for i in (0, 1, 2, 3, 10)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.0])
 
 
 def test_the_exponential_schedule_goes_from_start_to_end_by_one_factor():

@@ -1,5 +1,7 @@
 """Files that are really small: bits in, bits out, every byte under the checksum; batch norm folded or not."""
 
+import copy
+import io
 import os
 
 import pytest
@@ -292,6 +294,19 @@ def test_a_layer_whose_weight_another_layer_shares_is_not_folded_into():
     assert bcq.fold_pairs(model) == {}
 
 
+def test_a_layer_whose_bias_another_layer_shares_is_not_folded_into():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+    model[2].bias = model[0].bias
+    assert bcq.fold_pairs(model) == {}
+
+
+def test_batch_norms_that_share_a_weight_are_refused_as_scale_and_shift():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+    model[3].weight = model[1].weight
+    with pytest.raises(ValueError, match="3: shares its weight"):
+        bcq.scale_and_shift(model, *bcq.split(model))
+
+
 def test_a_negative_scale_folded_into_a_learned_step_computes_the_same():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
     params, buffers = trained(model)
@@ -322,7 +337,8 @@ def test_a_deployed_network_in_half_precision_reloads_and_computes(tmp_path):
 
 def test_a_deployed_tensor_is_not_moved_or_cast_as_if_it_were_its_values():
     packed = bcq.pack({"w": torch.randn(3, 4)}, {"w": 8})
-    for careless in (lambda w: w.to("cpu"), lambda w: w.half(), lambda w: w.clone()):
+    for careless in (lambda w: w.to("cpu"), lambda w: w.half(), lambda w: w.clone(), copy.deepcopy,
+                     lambda w: torch.save(w, io.BytesIO())):
         with pytest.raises(TypeError, match="to_device"):
             careless(packed["w"])
     with pytest.raises(TypeError, match="to_device"):
@@ -348,6 +364,13 @@ def test_names_that_are_not_there_and_real_weights_with_inputs_on_a_grid_are_err
             bcq.pack(params, bits, grids)
     with pytest.raises(ValueError, match="conv.weight"):
         bcq.pack(params, {}, {"conv.weight": (8, 0)})
+
+
+@pytest.mark.parametrize("bits, inputs", [(0, 8), (12, 8), (8, 10), (8, 0)])
+def test_bits_that_a_byte_does_not_hold_are_refused(bits, inputs, small):
+    params, _ = bcq.split(small)
+    with pytest.raises(ValueError, match="conv.weight: bits of weights .* are 1 to 8"):
+        bcq.pack(params, {"conv.weight": bits}, {"conv.weight": (inputs, 0)})
 
 
 def test_a_deployed_weight_is_unpacked_once_and_still_computes_what_its_bits_say(small, monkeypatch):
