@@ -213,20 +213,22 @@ def recalibrate(model, params, buffers, batches, forward=apply):
     """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
     Training leaves moving averages over steps in which other signs were in force. Pass training images, not
     test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576."""
-    seen, counter = [], "{}.num_batches_tracked".format
+    seen, statistics = [], lambda k: (f"{k}.running_mean", f"{k}.running_var")
     for x, _ in batches:
         with torch.no_grad():
             if not seen:   # how often does a pass use each norm? not at all where it is frozen
                 _, after = forward(model, params, buffers, x, train=True)
-                used = {k: (after[counter(k)] - buffers[counter(k)]).item() for k in _norms(model)}
+                counts = lambda b, k: b.get(f"{k}.num_batches_tracked", torch.tensor(0)).item()
+                moved = lambda k, after=after: any((after[s] != buffers[s]).any() for s in statistics(k))
+                used = {k: counts(after, k) - counts(buffers, k) or int(moved(k)) for k in _norms(model)}
                 # what it leaves of blank statistics is the batch's, times a share that follows from that
                 share = {k: min(used[k], 1) if m.momentum is None else 1 - (1 - m.momentum) ** used[k]
                          for k, m in _norms(model).items()}
-                share = {f"{k}.running_{name}": s for k, s in share.items() if s for name in ("mean", "var")}
-                own = share.keys() | {counter(k) for k in used}
+                share = {s: part for k, part in share.items() if part for s in statistics(k)}
+                own = share.keys() | {f"{k}.num_batches_tracked" for k in used}
                 blank = {k: torch.zeros_like(b) if k in own else b for k, b in buffers.items()}
             _, after = forward(model, params, blank, x, train=True)
-        seen.append({k: after[k] / s for k, s in share.items()})
+        seen.append({s: after[s] / part for s, part in share.items()})
     if not seen:
         raise ValueError("no images to recalibrate on")
     return {**buffers, **{k: torch.stack([s[k] for s in seen]).mean(0) for k in seen[0]}}
@@ -584,7 +586,7 @@ def pack(params, bits, grids=None):
         top = max(1, 2 ** (b - 1) - 1)
         scale = params.get(f"{name}:step", w.abs().flatten(1).amax(1) / top).flatten().expand(len(w)).float()
         unit = _by_filter(torch.where(scale == 0, 1.0, scale), w.ndim)
-        q = binarize(w) if b == 1 else (w / unit).round().clamp(-top - 1, top)
+        q = binarize(w) if b == 1 else (_no_nan(w) / unit).round().clamp(-top - 1, top)
         if b == 1 and (q * _by_filter(scale, w.ndim) != w).any():
             raise ValueError(f"{name}: its filters have more than two values, 1 bit does not hold them")
         codes = pack_bits((q + 1) / 2 if b == 1 else q + 2 ** (b - 1), b)
@@ -624,8 +626,10 @@ def fold_pairs(model):
     norms = {k for k, m in _norms(model).items() if m.affine}
     alone = lambda n, kind: n.op == "call_module" and n.target in kind and called.count(n.target) == 1
     pairs = [(n, n.args[0]) for n in nodes if alone(n, norms) and n.args and alone(n.args[0], layers)]
-    owners = [id(t) for m in layers.values() for t in m.parameters()]
-    own = lambda layer: all(owners.count(id(t)) == 1 for t in layers[layer.target].parameters())
+    owners = [id(t) for m in model.modules() for t in m.parameters(recurse=False)]
+    read = {n.target.rpartition(".")[0] for n in nodes if n.op == "get_attr"}   # its weight, beside the call
+    own = lambda layer: layer.target not in read and all(
+        owners.count(id(t)) == 1 for t in layers[layer.target].parameters())
     return {norm.target: layer.target for norm, layer in pairs if len(layer.users) == 1 and own(layer)}
 
 def fold(params, pairs):

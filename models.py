@@ -165,6 +165,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, classes=10, width=1.0, act=F.relu6):
         super().__init__()
         first, last, *channels = scaled((32, 1280, *[c for _, c, _, _ in self.STAGES]), width)
+        last = max(1280, last)   # as in the paper
         widths = [first, *channels]
         self.act = activation(act)
         self.conv, self.norm = conv(3, first), nn.BatchNorm2d(first)

@@ -289,7 +289,8 @@ def load_data(dataset, data_dir, classes=None):
     if data["name"] in STATISTICS:
         data["mean"], data["std"] = STATISTICS[data["name"]]
     else:
-        pixels = data["train_x"][::-(-len(data["train_x"]) // 10_000)].double() / 255   # of every class
+        some = torch.randperm(len(data["train_x"]), generator=torch.Generator().manual_seed(0))[:10_000]
+        pixels = data["train_x"][some].double() / 255   # of every class, however they are sorted
         data["mean"], data["std"] = pixels.mean((0, 2, 3)).tolist(), pixels.std((0, 2, 3)).tolist()
     return data
 
@@ -675,9 +676,10 @@ def load_network(path, device, name=None, **hyperparam):
     load = bcq.load_packed if "packed" in content else bcq.load_checkpoint
     build = builder(name) if "hyperparam" in content else partial(builder(name), **hyperparam)
     model, params, buffers, meta = load(path, build)
-    for k, t in {**params, **buffers}.items():
-        if not isinstance(t, bcq.Weight) and (t.isnan() if k in buffers else ~t.isfinite()).any():
-            raise ValueError(f"{path}: {k} has values that are no numbers, or infinite")
+    for k, t in [*params.items(), *buffers.items(), *meta.get("latent", {}).items()]:
+        parts = t.parts.values() if isinstance(t, bcq.Weight) else [t]
+        if any(p.isnan().any() for p in parts if torch.is_tensor(p)):
+            raise ValueError(f"{path}: {k} has values that are no numbers")
     dtype = next((p.dtype for p in params.values() if p.is_floating_point()), torch.float32)
     params, buffers, meta = (bcq.to_device(v, device) for v in (params, buffers, meta))
     forward = bcq.in_dtype(dtype)
@@ -1769,6 +1771,9 @@ def run_cell(cell, words, places):
 def sweep(args):
     """--mode sweep: trains and exports every combination, but for those that are done: the exit status."""
     runs = cells(args.images or [])
+    bits = {"w_bits", "a_bits"} & args.given.keys()
+    if bits and "lsq" not in [run.get("mode") for run in runs]:
+        raise ValueError(f"--{min(bits).replace('_', '-')} is for mode=lsq, which this sweep has not")
     if runs == [{}]:
         raise ValueError("--mode sweep needs KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
     left_out = ("mode", "images", "out", "resume")

@@ -29,8 +29,8 @@ def published(records):
         early = r.get("method") == "bc" and not r["config"].get("real_epochs")
         method = "bc, no real epochs" if early else r.get("method")
         name = ROWS.get((method, r.get("w_bits"), r.get("a_bits")))
-        full = (r.get("model"), r.get("width"), r.get("dataset"), r["device_name"]) == (
-            "fast", 1, "cifar10", MACHINE)
+        full = (r.get("model"), r.get("width"), r.get("dataset"), r["device_name"], r["train_images"]) == (
+            "fast", 1, "cifar10", MACHINE, 45_000)
         if name and full:
             groups[name] = [other for other in groups[name] if other["seed"] != r["seed"]] + [r]
     return {name: group for name, group in groups.items() if group}
@@ -63,8 +63,8 @@ def table(groups, every):
 def epochs(r, records):
     """The epochs of a network's training, in words, those of the fp32 network it started from included."""
     real, started = r["config"].get("real_epochs"), r["config"].get("init")
-    of = lambda r: (r.get("dataset"), r.get("model"), r.get("width"))
-    before = [o["epochs"] for o in records if started and of(o) == of(r)
+    of = lambda r: (r.get("dataset"), r.get("model"), r.get("width"), r["device_name"])
+    before = [o["epochs"] for o in records[:records.index(r)] if started and of(o) == of(r)
               and (o["kind"], o.get("mode")) == ("train", "fp32")]
     return "".join(f"{n} in fp32 + " for n in before[-1:]) + f"{r['epochs']}" + (
         f", {real} of them real" if real else "")
@@ -76,6 +76,7 @@ def times(records):
                and (r["model"], r["width"], r["device_name"]) == ("fast", 1, MACHINE)]
     key = lambda r: (r["mode"], r["epochs"], r["w_bits"], r["config"]["w_bits"]
                      if "config" in r and r["mode"] == "lsq" else 0)
+    trained = {(key(r), r["seed"]): r for r in trained}.values()   # the last of each seed
     groups = [list(group) for _, group in groupby(sorted(trained, key=key), key)]
     name = lambda r: (f"{r['mode']}" + (f" W{r['w_bits']}A{r['a_bits']}" if r["mode"] == "lsq" else "")
                       + f" ({r['epochs']} epochs)")
@@ -154,7 +155,7 @@ def inference(records):
 
 def steps(records):
     """The table of the time and memory of a step, a row for each machine and network, as Markdown."""
-    rows = latest(records, "step", "device_name", "model", "batch", "method")
+    rows = latest(records, "step", "device_name", "dtype", "model", "batch", "method")
     lines = ["", f"| a training step | plain: s, MB | {' | '.join(STEP[1:])} | spread, % |",
              "|---" * (2 + len(STEP)) + "|"]
     for (name, model, batch, dtype), own in grouped(rows, "device_name", "model", "batch", "dtype"):
@@ -209,7 +210,7 @@ def commands(rows):
 
 def time_to_accuracy(records):
     """The table of training times that reach a target, as Markdown; empty without records."""
-    rows = latest(records, "time-to-accuracy", "command", "seed")
+    rows = latest([r for r in records if r["device_name"] == MACHINE], "time-to-accuracy", "command", "seed")
     lines = ["", "| time to accuracy | epochs | seeds | training, s | test accuracy, % | target, % |",
              "|---|---|---|---|---|---|"]
     for command in commands(rows):

@@ -42,6 +42,13 @@ def same(a, b):
     return a == b
 
 
+@pytest.fixture(autouse=True)
+def numbers_of_its_own(request):
+    """The module's generator G anew: a test draws the same numbers alone and among others."""
+    if hasattr(request.module, "G"):
+        request.module.G.manual_seed(0)
+
+
 @pytest.fixture
 def small():
     torch.manual_seed(0)

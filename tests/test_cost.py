@@ -137,7 +137,7 @@ def test_zeros_pay_a_mask_in_micronets_storage_and_save_its_operations():
     assert bcq.micronet_score(few) <= bcq.micronet_score(pruned_cost(0))
 
 
-def test_the_largest_share_of_zeros_is_all_of_them():
+def test_hardly_any_weights_left_cost_something_still():
     cost = pruned_cost(0.99)
     assert 0 < bcq.course_score(cost, credit_zeros=True) < bcq.course_score(pruned_cost(0))
     assert all(row["zeros"] <= row["values"] for row in cost)

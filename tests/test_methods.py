@@ -282,6 +282,7 @@ def test_xnor_on_inputs_that_are_never_negative_is_answered_in_one_line(tmp_path
                                          (["--mode", "sweep", "mode=nothing"], "nothing"),
                                          (["--mode", "sweep", "epochs=0"], "epochs"),
                                          (["--mode", "sweep", "w-bits=2,4"], "w-bits is for mode=lsq"),
+                                         (["--mode", "sweep", "mode=bc", "--a-bits", "4"], "mode=lsq"),
                                          (["--mode", "sweep", "out=a"], "out"), (["--prune", "1"], "--prune"),
                                          (["--mix", "blend"], "blend"), (["--dtype", "int8"], "int8")])
 def test_impossible_words_of_the_family_are_answered_in_one_line(words, part, tmp_path, monkeypatch, capsys):
@@ -295,11 +296,33 @@ def test_impossible_words_of_the_family_are_answered_in_one_line(words, part, tm
 
 
 @pytest.mark.parametrize("words", [[*TINY, "--mode", "bc", "--init"], ["--mode", "eval", "--checkpoint"]])
-def test_a_file_with_a_weight_that_is_no_number_is_refused_by_its_name(words, fp32, tmp_path, capsys):
+@pytest.mark.parametrize("part", ["net", "latent"])
+def test_a_file_with_a_weight_that_is_no_number_is_refused_by_its_name(words, part, fp32, tmp_path, capsys):
     net = bcq.read_checkpoint(fp32 / "model.pth")["net"]
     net["convs.1.weight"][0, 0, 0, 0] = float("nan")
-    assert main(*words, rewritten(fp32, tmp_path / "nan.pth", net=net)) == 2
+    assert main(*words, rewritten(fp32, tmp_path / "nan.pth", **{part: net})) == 2
     assert "nan.pth: convs.1.weight has values that are no numbers" in capsys.readouterr().err
+
+
+def test_a_packed_file_with_a_scale_that_is_no_number_is_refused(tmp_path):
+    model = models.fast(width=0.125)
+    params, buffers = bcq.split(model)
+    packed = bcq.pack(params, {"convs.1.weight": 4})
+    packed["convs.1.weight"].parts["scale"][0] = float("nan")
+    bcq.save_packed(tmp_path / "nan.bcq", model, packed, buffers, {"width": 0.125})
+    with pytest.raises(ValueError, match="nan.bcq: convs.1.weight has values that are no numbers"):
+        run.load_network(tmp_path / "nan.bcq", "cpu", "fast")
+
+
+@pytest.mark.parametrize("mode, clipped", [("bc", True), ("bc-stochastic", True), ("bwn", False),
+                                           ("bwn-he", False), ("ternary", False), ("xnor", False)])
+def test_a_step_of_training_clips_the_latent_weights_of_the_methods_that_do_not_scale_them(mode, clipped):
+    job = job_of("--mode", mode)
+    state = run.fresh(job)
+    name = "convs.1.weight"
+    state["params"] = {**state["params"], name: torch.full_like(state["params"][name], 3.0)}
+    moved, _ = job.step({**state, "epoch": job.config["real_epochs"]}, 1e-3)
+    assert (moved["params"][name].max() <= 1) == clipped
 
 
 def test_a_teacher_of_other_classes_is_blamed_by_its_own_name(fp32, tmp_path, capsys):
@@ -354,6 +377,15 @@ def test_a_sweep_runs_each_cell_once_and_goes_on_after_a_kill(tmp_path, capsys, 
     rows = [line.split() for line in table if line.startswith(("bc-x", "lsq-x"))][-3:]
     assert sorted((float(r[1]) for r in rows), reverse=True) == [float(r[1]) for r in rows]
     assert {"size.png", "scores.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_sweep_is_listed_in_the_order_of_validation_whatever_the_test_set_says(capsys):
+    row = {"file_bytes": 1, "course_score": 1.0, "micronet_score": 1.0, "eligible": None}
+    run.print_sweep([{**row, "name": "a", "val_accuracy": 0.5, "test_accuracy": 0.9},
+                     {**row, "name": "b", "val_accuracy": None, "test_accuracy": 0.8},
+                     {**row, "name": "c", "val_accuracy": 0.6, "test_accuracy": 0.7}])
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [["c", "0.6000", "0.7000"], ["a", "0.5000", "0.9000"], ["b", "nan", "0.8000"]]
 
 
 def test_a_signal_in_the_last_test_of_a_cell_stops_the_sweep_and_the_same_command_goes_on(
@@ -425,12 +457,13 @@ def test_a_file_is_not_written_over_itself_and_its_neighbours_are_left_alone(fp3
     assert (tmp_path / "net-fp32.pth").read_bytes() == b"mine"
 
 
-def test_a_network_in_half_precision_is_taken_by_every_mode(fp32, tmp_path):
+def test_a_network_in_half_precision_is_taken_by_every_mode_that_reads_images(fp32, tmp_path):
     words = ["--mode", "ptq", "--dtype", "fp16", "--checkpoint", fp32 / "model.pth"]
     assert main(*words, "--out", tmp_path) == 0
     half = tmp_path / "model-fp16.pth"
     assert main("--mode", "export", "--checkpoint", half) == 0
     assert main("--mode", "ptq", "--dtype", "int8", "--checkpoint", half) == 0
+    assert main("--mode", "eval", "--checkpoint", half) == main("--mode", "score", "--checkpoint", half) == 0
     assert main(*TINY, "--mode", "lsq", "--epochs", 1, "--init", half, "--teacher", half, "--out",
                 tmp_path / "run") == 0
 

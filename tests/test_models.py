@@ -44,6 +44,11 @@ def test_mobilenetv2_has_the_parameters_of_torchvisions():
     assert parameters(models.mobilenetv2()) == parameters(torchvision.models.mobilenet_v2(num_classes=10))
 
 
+def test_the_last_convolution_of_a_narrow_mobilenetv2_keeps_its_1280_channels():
+    assert models.mobilenetv2(width=0.5).conv_last.out_channels == 1280
+    assert models.mobilenetv2(width=1.5).conv_last.out_channels == 1920
+
+
 def test_fast_has_2_million_weights_and_no_layer_that_cannot_be_binary():
     model = models.fast()
     assert weights(model) / 1e6 == pytest.approx(2.0, abs=0.05)

@@ -189,6 +189,19 @@ def test_recalibrate_keeps_the_statistics_of_a_frozen_norm_and_computes_with_the
     assert torch.allclose(updated["2.running_var"], received.var((0, 2, 3)), rtol=1e-3)
 
 
+def test_recalibrate_takes_norms_that_do_not_count_their_passes():
+    class Quiet(nn.BatchNorm2d):
+        def forward(self, x):
+            own = self.running_mean, self.running_var, self.weight, self.bias
+            return torch.nn.functional.batch_norm(x, *own, self.training, self.momentum, self.eps)
+
+    x, _ = batch(0)
+    for norm in (Quiet(3), nn.BatchNorm2d(3)):
+        norm.num_batches_tracked = norm.num_batches_tracked if isinstance(norm, Quiet) else None
+        updated = bcq.recalibrate(norm, *bcq.split(norm), [(x, None)])
+        assert torch.allclose(updated["running_mean"], x.mean((0, 2, 3)), atol=1e-6)
+
+
 def test_inputs_that_are_integers_stay_so_in_half_precision():
     model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 2))
     low = [bcq.to_dtype(t, torch.float16) for t in bcq.split(model)]

@@ -300,6 +300,25 @@ def test_a_layer_whose_bias_another_layer_shares_is_not_folded_into():
     assert bcq.fold_pairs(model) == {}
 
 
+class Tied(nn.Module):
+    """A layer whose weight is read elsewhere: by a transposed layer that has it too, or in forward."""
+    def __init__(self, by_layer):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+        self.back = nn.ConvTranspose2d(3, 3, 3, bias=False) if by_layer else None
+        if by_layer:
+            self.back.weight = self.conv.weight
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return self.back(y) if self.back else nn.functional.conv_transpose2d(y, self.conv.weight)
+
+
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_a_layer_whose_weight_is_read_elsewhere_is_not_folded_into(by_layer):
+    assert bcq.fold_pairs(Tied(by_layer)) == {}
+
+
 def test_batch_norms_that_share_a_weight_are_refused_as_scale_and_shift():
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
     model[3].weight = model[1].weight
@@ -364,6 +383,12 @@ def test_names_that_are_not_there_and_real_weights_with_inputs_on_a_grid_are_err
             bcq.pack(params, bits, grids)
     with pytest.raises(ValueError, match="conv.weight"):
         bcq.pack(params, {}, {"conv.weight": (8, 0)})
+
+
+@pytest.mark.parametrize("step", [{}, {"w:step": torch.tensor(0.5)}])
+def test_a_weight_that_is_no_number_is_not_packed(step):
+    with pytest.raises(ValueError, match="NaN"):
+        bcq.pack({"w": torch.tensor([[float("nan"), 1.0]]), **step}, {"w": 4})
 
 
 @pytest.mark.parametrize("bits, inputs", [(0, 8), (12, 8), (8, 10), (8, 0)])

