@@ -212,26 +212,24 @@ def _norms(model):
 def recalibrate(model, params, buffers, batches, forward=apply):
     """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
     Training leaves moving averages over steps in which other signs were in force. Pass training images, not
-    test images. Raises ValueError if there are none. Source: Wu and Johnson 2021, arXiv:2105.07576."""
-    seen, statistics = [], lambda k: (f"{k}.running_mean", f"{k}.running_var")
-    for x, _ in batches:
-        with torch.no_grad():
-            if not seen:   # how often does a pass use each norm? not at all where it is frozen
-                _, after = forward(model, params, buffers, x, train=True)
-                counts = lambda b, k: b.get(f"{k}.num_batches_tracked", torch.tensor(0)).item()
-                moved = lambda k, after=after: any((after[s] != buffers[s]).any() for s in statistics(k))
-                used = {k: counts(after, k) - counts(buffers, k) or int(moved(k)) for k in _norms(model)}
-                # what it leaves of blank statistics is the batch's, times a share that follows from that
-                share = {k: min(used[k], 1) if m.momentum is None else 1 - (1 - m.momentum) ** used[k]
-                         for k, m in _norms(model).items()}
-                share = {s: part for k, part in share.items() if part for s in statistics(k)}
-                own = share.keys() | {f"{k}.num_batches_tracked" for k in used}
-                blank = {k: torch.zeros_like(b) if k in own else b for k, b in buffers.items()}
-            _, after = forward(model, params, blank, x, train=True)
-        seen.append({s: after[s] / part for s, part in share.items()})
-    if not seen:
+    test images. The model is left as it was. ValueError if there are none. Source: Wu and Johnson 2021,
+    arXiv:2105.07576."""
+    norms = {k: m for k, m in _norms(model).items() if m.momentum != 0}
+    own = [f"{k}.running_{name}" for k in norms for name in ("mean", "var")]
+    momenta, updated, count = [m.momentum for m in norms.values()], {}, 0
+    try:
+        for count, (x, _) in enumerate(batches, 1):
+            for m in norms.values():
+                m.momentum = 1 / count   # of a moving average that is the mean of all
+            with torch.no_grad():
+                _, after = forward(model, params, {**buffers, **updated}, x, train=True)
+            updated = {k: after[k] for k in own}
+    finally:
+        for m, momentum in zip(norms.values(), momenta):
+            m.momentum = momentum
+    if not count:
         raise ValueError("no images to recalibrate on")
-    return {**buffers, **{k: torch.stack([s[k] for s in seen]).mean(0) for k in seen[0]}}
+    return {**buffers, **updated}
 
 # ---- 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
 #    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules ----
