@@ -1504,7 +1504,7 @@ def report(path, job, run):
     loss.set_title("loss (training: with augmentation and label smoothing)")
     accuracy.set_title("accuracy")
     signs.set_title("shares of the 1-bit weights" if names else "no 1-bit weights")
-    for name in names or [n for n, p in run["params"].items() if p.ndim > 1]:
+    for name in names or [n for n, p in run["params"].items() if p.ndim > 1 and p.isfinite().all()]:
         counts, edges = torch.histogram(run["params"][name].detach().float().cpu().flatten(), 60)
         histogram.plot((edges[1:] + edges[:-1]) / 2, counts / counts.sum(), label=name, linewidth=1)
     histogram.set_title("latent weights by layer" if names else "weights by layer")
