@@ -1712,8 +1712,11 @@ def latency(net, data, count):
 SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
 
 
-def cells(words):
-    """The runs of a sweep: the flags of each combination of KEY=VALUE,VALUE words, or of files of them."""
+def cells(words, given=()):
+    """The runs of a sweep: the flags of each combination of KEY=VALUE,VALUE words, or of files of them.
+
+    given: the flags that all have, by their names in args.
+    """
     for word in words:
         if "=" not in word and (not Path(word).exists() or Path(word).is_dir()):
             raise ValueError(f"{word}: neither KEY=VALUE,VALUE nor a file of such words")
@@ -1730,7 +1733,7 @@ def cells(words):
     if not set(grid.get("mode", [])) <= MODES.keys():
         raise ValueError(f"mode={','.join(grid['mode'])}: a sweep takes {', '.join(MODES)}")
     runs = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    bits = [key for key in ("w-bits", "a-bits") if key in grid]
+    bits = [key for key in ("w-bits", "a-bits") if key in grid or key.replace("-", "_") in given]
     if bits and "lsq" not in grid.get("mode", []):
         raise ValueError(f"{bits[0]} is for mode=lsq, which this sweep has not")
     for run in runs:
@@ -1770,10 +1773,7 @@ def run_cell(cell, words, places):
 
 def sweep(args):
     """--mode sweep: trains and exports every combination, but for those that are done: the exit status."""
-    runs = cells(args.images or [])
-    bits = {"w_bits", "a_bits"} & args.given.keys()
-    if bits and "lsq" not in [run.get("mode") for run in runs]:
-        raise ValueError(f"--{min(bits).replace('_', '-')} is for mode=lsq, which this sweep has not")
+    runs = cells(args.images or [], args.given)
     if runs == [{}]:
         raise ValueError("--mode sweep needs KEY=VALUE,VALUE, such as mode=bc,bwn width=0.5,1")
     left_out = ("mode", "images", "out", "resume")
