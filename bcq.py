@@ -1,148 +1,228 @@
-"""bcq: 1-bit networks as pure functions over dicts of parameters.
+"""bcq: 1-bit networks as pure functions over dicts of tensors.
 
-A network is a model (an nn.Module, read only for its forward code) and two dicts of tensors, params and
-buffers. A method is a pure function from the latent params to the params that the network computes with.
-Training is one pure function that returns what it changed:
-    latent params --quantize--> weights --forward, backward--> gradients --update, clip--> latent params ...
+A network is a model (an nn.Module, read only for its forward code) and two dicts: params and
+buffers. Its latent weights are real numbers, which training moves. Its binary weights are their
+signs: the network computes with these, in training too, and only these are deployed. A method says
+how the ones become the others. Training is one pure function, which returns what it changed:
 
-Nothing here but the lab's class, BC, writes into its arguments, keeps state or draws hidden random numbers (a
-dropout layer in a model of yours draws its own; deployed weights keep what they unpacked). A dict maps
-model.named_parameters() names to tensors. "The paper" is BinaryConnect: Courbariaux, Bengio, David 2015,
-"BinaryConnect: Training Deep Neural Networks with binary weights during propagations", arXiv:1511.00363."""
+    latent --quantize--> weights --forward, backward--> gradients --update, clip--> latent
+
+Part one is BinaryConnect: 1 quantizers, 2 straight-through, 3 the network as a function, 4 the
+training step, 5 the lab's class BC, 6 evaluation, 7 optimizers, 8 lower precision. Part two is its
+family, and networks that are small and integer for real: 9 scaled, ternary and pruned weights, 10
+Muon, 11 quantized inputs, 12 layers in integers, 13 the packed weight, 14 checkpoints, 15 costs and
+scores.
+
+Nothing but the class BC writes into its arguments, keeps a state, or draws random numbers of its
+own (a dropout layer in your model does). A dict maps the names of model.named_parameters() to
+tensors. "The paper" is Courbariaux, Bengio and David 2015, "BinaryConnect", arXiv:1511.00363.
+"""
+
 import copy
+import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import os
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
-# ---- 1. Quantizers: tensor -> tensor of the same shape and dtype ----
-def _no_nan(w):
-    """w itself. Raises ValueError at a NaN on the CPU; elsewhere looking would wait for the device, and in a
-    compiled graph it cannot be done: there the NaN goes through as one."""
-    if w.device.type == "cpu" and not torch.compiler.is_compiling() and w.isnan().any():
-        raise ValueError("NaN in the weights: it has no sign (is the learning rate too high?)")
-    return w
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-def _sign(x):
-    """+1 where x >= 0 and -1 where x < 0: sign(0) = +1, so there is no third value; NaN stays NaN."""
-    return torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x)).to(x.dtype)
+# ==================================================================================================
+# Part one: BinaryConnect
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# 1. Quantizers: a tensor in, a tensor of the same shape and dtype out. None looks at the values to
+#    decide what to do, so each of them works under torch.func.vmap, and a NaN stays a NaN
+#    everywhere.
+# --------------------------------------------------------------------------------------------------
+
 
 def binarize(w):
-    """The sign of each weight: +1 where w >= 0 and -1 elsewhere, 0 included in the first. w: float tensor of
-    any shape. Raises ValueError at a NaN, on a CPU. Source: the paper, section 2.2, eq. 1."""
-    return _sign(_no_nan(w))
+    """The sign of each weight: +1 where w >= 0, so at 0 too, and -1 where w < 0.
+
+    w: float, any shape. torch.sign would give a third value: 0. Source: the paper, eq. 1.
+    """
+    minus_or_nan = torch.where(w < 0, -1.0, w)
+    return torch.where(w >= 0, 1.0, minus_or_nan)
+
 
 def binarize_stochastic(w, u):
     """+1 with probability clip((w + 1) / 2, 0, 1), the hard sigmoid of w, and -1 otherwise.
-    w: float tensor of any shape; u: the same shape, uniform in [0, 1), drawn by the caller (see draw_noise).
-    Raises ValueError at a NaN, on a CPU. Source: the paper, section 2.2, eq. 2 and 3."""
-    probability = ((_no_nan(w) + 1) / 2).clamp(0, 1)
-    return torch.where(u < probability, 1.0, torch.where(u >= probability, -1.0, w)).to(w.dtype)
 
-_by_filter = lambda vector, ndim: vector.view(-1, *[1] * (ndim - 1))   # (out,) as it multiplies a weight
+    w: float, any shape; u: the same shape, uniform in [0, 1), see draw_noise. Source: the paper,
+    eq. 2, 3.
+    """
+    probability = ((w + 1) / 2).clamp(0, 1)
+    minus_or_nan = torch.where(u >= probability, -1.0, w)
+    return torch.where(u < probability, 1.0, minus_or_nan)
 
-def binarize_scaled(w):
-    """alpha * sign(w), alpha the mean of abs(w) over each output filter: BWN, and the weights of XNOR-Net.
-    w: float tensor (out, ...). Source: Rastegari et al. 2016, arXiv:1603.05279, section 3.1."""
-    return binarize(w) * _by_filter(w.abs().flatten(1).mean(1), w.ndim)
 
-def binarize_he(w):
-    """sqrt(2 / fan_in) * sign(w), float (out, ...). Source: McDonnell 2018, arXiv:1802.08530."""
-    return binarize(w) * (2 / w[0].numel()) ** 0.5
+def clip(w):
+    """w between -1 and 1: beyond, a latent weight would not move its sign. Section 2.4."""
+    return w.clamp(-1, 1)
 
-def ternarize(w):
-    """alpha * {-1, 0, +1}: 0 where abs(w) <= 0.7 mean abs(w), alpha the mean of abs(w) over the others.
-    w: float tensor of any shape, with one alpha. Source: TWN, Li et al. 2016, arXiv:1605.04711, section 2."""
-    kept = ~(w.abs() <= 0.7 * _no_nan(w).abs().mean())   # a NaN is kept, and seen
-    alpha = (w.abs() * kept).sum() / kept.sum().clamp(min=1)
-    return torch.where(kept, alpha * binarize(w), 0.0)
 
-def masked(quantizer, mask):
-    """The quantizer with 0 wherever mask (bool, like the weight) is False: pruned weights stay zeros. The
-    latent ones behind them go on moving where the gradient passes straight through the quantizer."""
-    return lambda w, *more: torch.where(mask, quantizer(w, *more), 0.0)
+class Method(NamedTuple):
+    """How latent weights become weights, and what bounds the latent ones: they belong together.
 
-def prune(params, names, share):
-    """The masks {name: bool} that keep all but that share, 0 to 1, of the weights smallest in magnitude.
-    Train with {name: masked(quantizer, mask)}. Source: after Han et al. 2015, arXiv:1506.02626."""
-    magnitudes = torch.cat([params[name].abs().flatten() for name in names])
-    kept = magnitudes.argsort(stable=True).argsort() >= round(share * len(magnitudes))
-    parts = kept.split([params[name].numel() for name in names])
-    return {name: part.view_as(params[name]) for name, part in zip(names, parts)}
+    quantize: quantize(w), or quantize(w, noise) or quantize(w, step_size), see quantize_params.
+    clip: clip(w), after each update.
+    """
 
-# ---- 2. Straight-through, and maps over the dict ----
+    quantize: Callable
+    clip: Callable
+
+
+BINARY_CONNECT = Method(binarize, clip)
+BINARY_CONNECT_STOCHASTIC = Method(binarize_stochastic, clip)
+
+# --------------------------------------------------------------------------------------------------
+# 2. Straight-through, and maps over the dict
+# --------------------------------------------------------------------------------------------------
+
+
 def straight_through(w, q):
-    """Exactly q in the forward pass; in the backward pass the gradient goes to w as if q were w.
-    w, q: float, of one shape, w finite. q + (w - w) is q to the last bit, w + (q - w) is not. Algorithm 1."""
+    """q in the forward pass; in the backward pass the gradient goes to w, as if q were w.
+
+    w, q: float, of one shape, w finite. The second term is exactly 0, and its derivative by w is 1.
+    So both detach: q.detach(), or the quantizer's own derivative, 0 almost everywhere, would be
+    added; w.detach(), or w - w would have the derivative 0. q + (w - w) is q to the last bit; w +
+    (q - w) is not.
+    """
     return q.detach() + (w - w.detach())
 
-def quantizable(model, first=True, last=True):
-    """The names of the weights of all Conv2d and Linear modules, a list in the order of their definition.
-    first=False, last=False leave that layer's weight out, to stay real. A shared weight is named once. Raises
-    ValueError if there is no such layer, or one whose weight is computed from others (weight_norm)."""
-    canonical = {id(p): name for name, p in model.named_parameters()}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    computed = [name for name, m in layers.items() if id(m.weight) not in canonical]
-    if computed or not layers:
-        raise ValueError(f"the weight of {', '.join(computed)} is no parameter, but computed from others"
-                         if computed else "the model has no Conv2d or Linear weight to quantize")
-    names = list(dict.fromkeys(canonical[id(m.weight)] for m in layers.values()))
-    return names[not first:len(names) - (not last)]
 
-def _known(params, names):
-    """The names as a set. Raises KeyError for those that are not in params."""
-    if missing := (names := set(names)) - params.keys():
-        raise KeyError(f"no such parameter: {', '.join(sorted(missing))}")
+def quantizable(model, first=True, last=True):
+    """The names of the weights of all Conv2d and Linear modules, in the order of their definition.
+
+    first=False, last=False leave that layer's weight out, to stay in full precision. A shared
+    weight is named once. Raises ValueError if there is no such layer, or one whose weight is
+    computed from others.
+    """
+    names_by_id = {id(p): name for name, p in model.named_parameters()}
+    names = []
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+            continue
+        name = names_by_id.get(id(layer.weight))
+        if name is None:  # weight_norm and its kin
+            raise ValueError(
+                f"the weight of {layer_name} is no parameter, but computed from others"
+            )
+        if name not in names:
+            names.append(name)
+    if not names:
+        raise ValueError("the model has no Conv2d or Linear weight to quantize")
+
+    if not first:
+        names = names[1:]
+    if not last:
+        names = names[:-1]
     return names
 
-def quantize_params(params, names, quantizer, noise=None):
-    """The params with quantizer(w) in place of each w in names: the weights that the network computes with.
-    quantizer: a function, or a dict {name: function}. noise: for a stochastic quantizer a dict of tensors,
-    passed as quantizer(w, noise[name]). The gradient passes straight through to the params given; but with a
-    learned step, an entry "NAME:step", quantizer(w, step) brings its own (see lsq). Raises KeyError."""
-    names = _known(params, names)
-    def quantized(name, w):
-        function = quantizer[name] if isinstance(quantizer, dict) else quantizer
-        if f"{name}:step" in params:
-            return function(w, params[f"{name}:step"])
-        return straight_through(w, function(w) if noise is None else function(w, noise[name]))
-    return {k: quantized(k, w) if k in names else w for k, w in params.items()}
 
-def clip_params(params, names, bound=1.0):
-    """The params with those in names clipped to [-bound, bound]: never batch norm, never biases.
-    A latent weight beyond the bound would no longer move the sign. Source: the paper, section 2.4."""
-    names = _known(params, names)
-    return {k: w.clamp(-bound, bound) if k in names else w for k, w in params.items()}
+def check_names(params, names):
+    """Raises KeyError for names that are not in params."""
+    missing = [name for name in names if name not in params]
+    if missing:
+        raise KeyError(f"no such parameter: {', '.join(missing)}")
+
+
+def quantize_params(params, methods, noise=None):
+    """The weights that the network computes with: method.quantize(w) in place of each w.
+
+    methods: {name: Method}. noise: {name: tensor} for stochastic methods, see draw_noise. The
+    gradient passes straight through to params; only a learned step size, an entry "NAME:step_size",
+    brings a gradient of its own (see lsq). Raises KeyError for names that are not in params.
+    """
+    check_names(params, methods)
+    noise = noise or {}
+    weights = dict(params)
+    for name, method in methods.items():
+        w, step_size = params[name], params.get(f"{name}:step_size")
+        if step_size is not None:
+            weights[name] = method.quantize(w, step_size)
+        elif name in noise:
+            weights[name] = straight_through(w, method.quantize(w, noise[name]))
+        else:
+            weights[name] = straight_through(w, method.quantize(w))
+    return weights
+
+
+def clip_params(params, methods):
+    """The params with method.clip(w) in place of each w in methods: never batch norm, never biases.
+
+    Learned step sizes, entries with a colon, stay above 0. Raises KeyError.
+    """
+    check_names(params, methods)
+    clipped = dict(params)
+    for name, w in params.items():
+        if name in methods:
+            clipped[name] = methods[name].clip(w)
+        elif ":" in name:
+            clipped[name] = w.clamp(min=1e-6)
+    return clipped
+
 
 def draw_noise(params, names, generator):
-    """Uniform numbers in [0, 1) for binarize_stochastic, {name: tensor}; generator: on their device."""
-    names = _known(params, names)
-    return {name: torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
-            for name, w in params.items() if name in names}
+    """Uniform numbers in [0, 1), {name: tensor}, drawn from a generator on the params' device."""
+    check_names(params, names)
+    noise = {}
+    for name in names:
+        w = params[name]
+        noise[name] = torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
+    return noise
 
-# ---- 3. The network as a function ----
+
+# --------------------------------------------------------------------------------------------------
+# 3. The network as a function
+# --------------------------------------------------------------------------------------------------
+
+
 def split(model):
     """The model's parameters and its buffers as two dicts of detached copies: (params, buffers).
-    A tied weight stands once, under its first name. Frozen parameters are in params too."""
-    clone = lambda named: {name: t.detach().clone() for name, t in named}
-    return clone(model.named_parameters()), clone(model.named_buffers())
+
+    A tied weight stands once, under its first name. Frozen parameters are in params too.
+    """
+    params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+    return params, buffers
+
 
 def apply(model, params, buffers, x, train=False):
     """The model's output for x, computed with these params and buffers: (logits, new buffers).
-    x: what the model's forward takes (a tuple is taken as several arguments). train: as model.train(train);
-    the batch-norm statistics that a training pass updates are in the buffers returned, never in those given.
-    Entries with a colon, such as learned steps, are not the model's. It is left as it was. Raises
-    RuntimeError if one of its tensors is missing: torch would silently compute with the module's own."""
-    tensors = {k: w for k, w in params.items() if ":" not in k} | {k: b.clone() for k, b in buffers.items()}
+
+    x: what the model's forward takes; a tuple is taken as several arguments. train: as in
+    model.train(train). Entries of params with a colon are not the model's; an OwnLayer in place of
+    a tensor computes its own layer (part two). The model is left as it was, but not touched by two
+    threads at once. Raises RuntimeError if a tensor is missing: torch would take the module's own,
+    silently.
+    """
+    tensors = {}
+    for name, w in params.items():
+        if isinstance(w, OwnLayer):
+            tensors[name] = Hook.around(w)
+        elif ":" not in name:
+            tensors[name] = w
+    # Batch norm writes its new statistics into the buffers that it is given. So it is given copies,
+    # and these are read back after the call: the caller's buffers stay as they are.
+    for name, buffer in buffers.items():
+        tensors[name] = buffer.clone()
+
     modes = [(module, module.training) for module in model.modules()]
     model.train(train)
     try:
@@ -150,630 +230,1365 @@ def apply(model, params, buffers, x, train=False):
     finally:
         for module, mode in modes:
             module.training = mode
-    return logits, {k: tensors[k].detach() for k in buffers}
+    logits = tree_map_only(Hook, dequantize_hook, logits)  # of a model that gives its weights away
+    return logits, {name: tensors[name].detach() for name in buffers}
 
-# ---- 4. The training step ----
-def cross_entropy(smoothing=0.0):
-    """loss(logits (n, classes), labels, int64 (n,) or float (n, classes)): the mean cross-entropy."""
-    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
+# --------------------------------------------------------------------------------------------------
+# 4. The training step: Algorithm 1 of the paper
+# --------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+    """The mean cross-entropy. logits: float (n, classes); labels: int64 (n,), or as logits."""
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+
 
 def square_hinge(logits, labels):
     """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
-    logits: float (n, classes); labels as in cross_entropy. Source: the paper, section 3 (Tang 2013)."""
-    p = F.one_hot(labels, logits.shape[1]) if labels.ndim == 1 else labels
-    return (p * (1 - logits).clamp(min=0).square() + (1 - p) * (1 + logits).clamp(min=0).square()).mean()
 
-def make_train_step(model, names, quantizer, update, loss, clip=clip_params, forward=apply, frozen=()):
-    """BinaryConnect as a function: step(params, buffers, opt_state, batch, lr, noise=None).
-    The step returns (params, buffers, opt_state, metrics) with the latent params; metrics: loss and accuracy
-    (0 to 1) of the batch, tensors. batch: (x, labels), labels int64 (n,), or probabilities (n, classes), of a
-    teacher or of mixed images. An ordinary network is the case of no names. All params are trained but those
-    in frozen, which init and update are not given. clip(params, names): for scaled weights, as of BWN, give
-    one that leaves them as they are. KeyError. Source: the paper, Algorithm 1."""
-    names, frozen = set(names), set(frozen)
-    def step(params, buffers, opt_state, batch, lr, noise=None):
+    logits, labels: as in cross_entropy. Source: the paper, section 3, after Tang 2013.
+    """
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, logits.shape[1])
+    at_label = (1 - logits).clamp(min=0).square()
+    elsewhere = (1 + logits).clamp(min=0).square()
+    return (labels * at_label + (1 - labels) * elsewhere).mean()
+
+
+def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
+    """BinaryConnect as a pure function: Algorithm 1 of the paper.
+
+    Returns train_step(params, buffers, opt_state, batch, lr, noise=None), which returns (params,
+    buffers, opt_state, metrics). params: the latent ones. batch: (x, labels), labels int64 (n,) or
+    probabilities (n, classes). metrics: the loss and the accuracy (0 to 1) of the batch, tensors.
+
+    methods: {name: Method}; {} trains an ordinary network. optimizer: an Optimizer. loss:
+    loss(logits, labels). forward: apply, or what is passed in its place. frozen: names that do not
+    move, and that optimizer.init is not given. Raises KeyError for names that are not in params.
+    """
+    clipped = {name: method for name, method in methods.items() if name not in frozen}
+
+    def train_step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
-        _known(params, frozen)
-        params = {k: w.detach() for k, w in params.items()}
-        trained = [k for k in params if k not in frozen]
-        latent = {k: w.detach().requires_grad_(k in trained) for k, w in params.items()}
-        weights = quantize_params(latent, names, quantizer, noise)               # wb = binarize(w)
-        logits, buffers = forward(model, weights, buffers, x, train=True)        # forward with wb
-        cost = loss(logits, labels)
-        grads = torch.autograd.grad(cost, [latent[k] for k in trained], materialize_grads=True)
-        deltas, opt_state = update(dict(zip(trained, grads)), opt_state, params, lr)   # dC/dwb moves w
-        moved = clip({k: params[k] + deltas[k] for k in trained}, names - frozen)   # clip(w + delta, -1, 1)
-        truth = labels if labels.ndim == 1 else labels.argmax(1)
-        accuracy = (logits.detach().argmax(1) == truth).float().mean()
-        return {**params, **moved}, buffers, opt_state, {"loss": cost.detach(), "accuracy": accuracy}
-    return step
+        check_names(params, frozen)
+        still = {name: params[name].detach() for name in frozen}
+        latent = {}
+        for name, w in params.items():
+            if name not in frozen:
+                latent[name] = w.detach().requires_grad_()  # a leaf: the graph begins here
 
-# ---- 5. Evaluation ----
+        weights = quantize_params({**still, **latent}, methods, noise)  # wb = binarize(w)
+        logits, buffers = forward(model, weights, buffers, x, train=True)  # forward with wb
+        cost = loss(logits, labels)
+        grads = torch.autograd.grad(cost, list(latent.values()), materialize_grads=True)  # dC/dwb
+        grads = dict(zip(latent, grads, strict=True))
+
+        with torch.no_grad():
+            updates, opt_state = optimizer.update(grads, opt_state, latent, lr)
+            moved = {name: w + updates[name] for name, w in latent.items()}  # dC/dwb moves w
+            moved = clip_params(moved, clipped)  # w = clip(w + update, -1, 1)
+
+            truth = labels
+            if labels.ndim > 1:
+                truth = labels.argmax(1)
+            accuracy = (logits.argmax(1) == truth).float().mean()
+        metrics = {"loss": cost.detach(), "accuracy": accuracy}
+        return {**params, **still, **moved}, buffers, opt_state, metrics
+
+    return train_step
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. The lab's class, over the functions above. It works in place, on the model itself.
+# --------------------------------------------------------------------------------------------------
+
+
+class BC(nn.Module):
+    """The model with its Conv2d and Linear weights binarized on demand, in place, as in the lab.
+
+        bc.binarization()               # saves the latent weights, writes their signs instead
+        criterion(bc(x), y).backward()  # forward and backward with the signs
+        bc.restore()                    # writes the latent weights back, for the step to move them
+        optimizer.step()
+        bc.clip()                       # the latent weights to [-1, 1]
+
+    It is an nn.Module: .to, .parameters, .train, .eval and calling it work. saved_params: the
+    latent weights, a list in the order of target_modules, the list of weights. Both follow
+    self.model.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.methods = dict.fromkeys(quantizable(model), BINARY_CONNECT)
+        self.binary_params = None  # the signs, while they are in the model
+        self.save_params()
+
+    @property
+    def target_modules(self):
+        """The weights in the model, now: moving the model moves them."""
+        return [self.model.get_parameter(name) for name in self.methods]
+
+    @torch.no_grad()
+    def _write(self, tensors):
+        # copy_ writes into the model's own tensors, and autograd counts it: a backward() that comes
+        # after restore() raises, where writing to .data would silently give another gradient.
+        for weight, tensor in zip(self.target_modules, tensors, strict=True):
+            weight.copy_(tensor)
+
+    def _check_unchanged(self):
+        if self.binary_params is None:
+            return
+        for weight, binary in zip(self.target_modules, self.binary_params, strict=True):
+            if not torch.equal(weight, binary.to(weight.device)):
+                raise RuntimeError(
+                    "the weights were changed between binarization() and restore(); that would be "
+                    "lost: call optimizer.step() after restore()"
+                )
+
+    def _latent(self):
+        return dict(zip(self.methods, self.saved_params, strict=True))
+
+    def save_params(self):
+        """Saves the latent weights; while the model is binary they are saved already, and kept."""
+        if self.binary_params is None:
+            self.saved_params = [w.detach().clone() for w in self.target_modules]
+
+    def binarization(self):
+        """Saves the latent weights, writes their signs into the model. ValueError at a NaN."""
+        self._check_unchanged()
+        self.save_params()
+        for name, w in self._latent().items():
+            check_no_nan(name, w)
+        self.binary_params = list(quantize_params(self._latent(), self.methods).values())
+        self._write(self.binary_params)
+
+    def restore(self):
+        """Writes the latent weights back. RuntimeError if a step changed the weights before."""
+        self._check_unchanged()
+        if self.binary_params is not None:
+            self._write(self.saved_params)
+            self.binary_params = None
+
+    def clip(self):
+        """Clips the latent weights to [-1, 1]. Raises RuntimeError while the model is binary."""
+        if self.binary_params is not None:
+            raise RuntimeError(
+                "the model is binary: call restore() and optimizer.step() before clip()"
+            )
+        self.save_params()
+        self._write(clip_params(self._latent(), self.methods).values())
+
+    def forward(self, *inputs):
+        return self.model(*inputs)
+
+
+def check_no_nan(name, w):
+    """Raises ValueError if the weight has a NaN: it has no sign."""
+    if w.isnan().any():
+        raise ValueError(f"{name}: NaN in the weights (is the learning rate too high?)")
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Evaluation, and the statistics of batch norm
+# --------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def evaluate(model, params, buffers, batches, forward=apply):
     """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
-    The params are used as they are: pass quantize_params(latent, ...) for the 1-bit network, to which batch
-    norm belongs. batches: pairs (x, labels). Raises ValueError if there are none."""
+
+    params are used as they are: give it quantize_params(latent, methods) for the 1-bit network.
+    batches: pairs (x, labels). Returns a dict. Raises ValueError if there are no images.
+    """
     correct = loss = images = 0
     for x, labels in batches:
         logits, _ = forward(model, params, buffers, x)
         correct += (logits.argmax(1) == labels).sum()
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         images += len(labels)
-    if not images:
+    if images == 0:
         raise ValueError("no images to evaluate on")
     return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
 
-def _norms(model):
+
+def batch_norms(model):
     """The batch norms of a model that keep statistics: {name: module}."""
-    return {k: m for k, m in model.named_modules()
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None}
+    norms = {}
+    for name, module in model.named_modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if is_norm and module.running_var is not None:
+            norms[name] = module
+    return norms
 
-def recalibrate(model, params, buffers, batches, forward=apply):
-    """The buffers with batch-norm statistics averaged over the batches, pairs (x, labels), for these params.
-    Training leaves moving averages over steps in which other signs were in force. Pass training images, not
-    test images. The model is left as it was. ValueError if there are none. Source: Wu and Johnson 2021,
-    arXiv:2105.07576."""
-    norms = {k: m for k, m in _norms(model).items() if m.momentum != 0}
-    own = [f"{k}.running_{name}" for k in norms for name in ("mean", "var")]
-    momenta, updated, count = [m.momentum for m in norms.values()], {}, 0
+
+@torch.no_grad()
+def batch_norm_statistics(model, params, buffers, batches, forward=apply):
+    """The buffers with batch norm's statistics averaged over the batches, pairs (x, labels).
+
+    In training the statistics are moving averages over steps in which other signs were in force:
+    these are of the params given. Take training images, not test images. The model is left as it
+    was. Raises ValueError if there are no batches. Source: Wu and Johnson 2021, arXiv:2105.07576.
+    """
+    moving = {name: m for name, m in batch_norms(model).items() if m.momentum != 0}
+    statistics = {}
+    momenta = {name: m.momentum for name, m in moving.items()}
+    count = 0
     try:
-        for count, (x, _) in enumerate(batches, 1):
-            for m in norms.values():
-                m.momentum = 1 / count   # of a moving average that is the mean of all
-            with torch.no_grad():
-                _, after = forward(model, params, {**buffers, **updated}, x, train=True)
-            updated = {k: after[k] for k in own}
+        for x, _ in batches:
+            count += 1
+            for m in moving.values():
+                m.momentum = 1 / count  # the moving average is then the mean of all so far
+            _, after = forward(model, params, {**buffers, **statistics}, x, train=True)
+            for name in moving:
+                for key in (f"{name}.running_mean", f"{name}.running_var"):
+                    statistics[key] = after[key]
     finally:
-        for m, momentum in zip(norms.values(), momenta):
-            m.momentum = momentum
-    if not count:
-        raise ValueError("no images to recalibrate on")
-    return {**buffers, **updated}
+        for name, m in moving.items():
+            m.momentum = momenta[name]
+    if count == 0:
+        raise ValueError("no images for the statistics of batch norm")
+    return {**buffers, **statistics}
 
-# ---- 6. Optimizers: a pair init(params) -> state, update(grads, state, params, lr) -> (deltas, state)
-#    lr is a number or a tensor without dimensions; the caller adds the deltas to the params. Schedules ----
+
+# --------------------------------------------------------------------------------------------------
+# 7. Optimizers: pure functions in pairs, as in optax. lr is a number or a tensor of one.
+# --------------------------------------------------------------------------------------------------
+
+
+class Optimizer(NamedTuple):
+    """init(params) -> state; update(grads, state, params, lr) -> (updates, state). All are dicts.
+
+    The caller adds the updates to the params: an optimizer moves nothing by itself.
+    """
+
+    init: Callable
+    update: Callable
+
+
+def zeros_like(params):
+    """The dict with zeros in place of the tensors."""
+    return {name: torch.zeros_like(p) for name, p in params.items()}
+
+
 def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
-    """Stochastic gradient descent with momentum. Source: Sutskever et al. 2013, as torch.optim.SGD has it."""
-    init = lambda params: {k: torch.zeros_like(p) for k, p in params.items()}
+    """Stochastic gradient descent with momentum. Source: Sutskever et al. 2013."""
+
     def update(grads, state, params, lr):
-        grads = {k: g + weight_decay * params[k] for k, g in grads.items()} if weight_decay else grads
-        state = {k: momentum * state[k] + g for k, g in grads.items()}
-        ahead = {k: g + momentum * state[k] for k, g in grads.items()} if nesterov else state
-        return {k: -lr * d for k, d in ahead.items()}, state
-    return init, update
+        updates, velocities = {}, {}
+        for name, g in grads.items():
+            if weight_decay:
+                g = g + weight_decay * params[name]
+            velocity = momentum * state[name] + g
+            velocities[name] = velocity
+            if nesterov:
+                velocity = g + momentum * velocity
+            updates[name] = -lr * velocity
+        return updates, velocities
+
+    return Optimizer(zeros_like, update)
+
 
 def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam. Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1."""
+
     def init(params):
-        mean, square = ({k: torch.zeros_like(p) for k, p in params.items()} for _ in range(2))
-        return {"step": torch.zeros((), dtype=torch.float64), "mean": mean, "square": square}
+        step = torch.zeros((), dtype=torch.float64)
+        return {"step": step, "mean": zeros_like(params), "square": zeros_like(params)}
+
     def update(grads, state, params, lr):
         step = state["step"] + 1
-        mean = {k: beta1 * state["mean"][k] + (1 - beta1) * g for k, g in grads.items()}
-        square = {k: beta2 * state["square"][k] + (1 - beta2) * g * g for k, g in grads.items()}
-        rate, correction = lr / (1 - beta1 ** step), 1 - beta2 ** step
-        delta = lambda k: -rate * mean[k] / ((square[k] / correction).sqrt() + eps)
-        deltas = {k: delta(k).to(g.dtype) for k, g in grads.items()}
-        return deltas, {"step": step, "mean": mean, "square": square}
-    return init, update
+        updates, means, squares = {}, {}, {}
+        for name, g in grads.items():
+            mean = beta1 * state["mean"][name] + (1 - beta1) * g
+            square = beta2 * state["square"][name] + (1 - beta2) * g * g
+            rate = lr / (1 - beta1**step)
+            step_by = -rate * mean / ((square / (1 - beta2**step)).sqrt() + eps)
+            updates[name] = step_by.to(g.dtype)
+            means[name] = mean
+            squares[name] = square
+        return updates, {"step": step, "mean": means, "square": squares}
 
-def orthogonalize(g, steps=5, dtype=torch.bfloat16):
-    """Matrices with their singular vectors kept and their singular values, but for tiny ones, brought near 1.
-    g: float (..., rows, columns), one or a stack of them; the result has its shape and dtype. Computed in the
-    dtype given by a quintic Newton-Schulz iteration. Source: Jordan et al. 2024, "Muon"."""
-    wide = g.shape[-2] <= g.shape[-1]
-    x = (g if wide else g.mT).to(dtype).reshape(-1, *sorted(g.shape[-2:]))
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x if wide else x.mT).reshape(g.shape).to(g.dtype)
+    return Optimizer(init, update)
 
-def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
-    """Muon: momentum whose matrix is orthogonalized, in dtype; convolutions as out x (in * k * k).
-    Matrices of one shape are orthogonalized together; the results are scaled by sqrt(max(1, rows / columns)).
-    init raises ValueError for a tensor of fewer than two dimensions (send those elsewhere with by_name).
-    Source: Jordan et al. 2024."""
-    def init(params):
-        if flat := [k for k, p in params.items() if p.ndim < 2]:
-            raise ValueError(f"muon takes matrices and convolutions, not {', '.join(flat)}")
-        return {k: torch.zeros_like(p) for k, p in params.items()}
-    def update(grads, state, params, lr):
-        state = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()}
-        ahead = {k: momentum * state[k] + (1 - momentum) * g for k, g in grads.items()} if nesterov else state
-        matrices, deltas = {k: d.flatten(1) for k, d in ahead.items()}, {}
-        for rows, columns in dict.fromkeys(m.shape for m in matrices.values()):
-            names = [k for k, m in matrices.items() if m.shape == (rows, columns)]
-            stack = orthogonalize(torch.stack([matrices[k] for k in names]), steps, dtype)
-            scaled = -lr * max(1, rows / columns) ** 0.5 * stack
-            deltas |= {k: m.view_as(grads[k]) for k, m in zip(names, scaled)}
-        return {k: deltas[k] for k in grads}, state
-    return init, update
 
-def by_name(names, optimizer, rest):
-    """The optimizer with one pair for the params in names, another for the rest. init raises KeyError."""
-    names, pairs = set(names), (optimizer, rest)
-    parts = lambda d: [{k: v for k, v in d.items() if (k in names) == inside} for inside in (True, False)]
-    def init(params):
-        _known(params, names)
-        return [pair[0](part) for pair, part in zip(pairs, parts(params))]
-    def update(grads, state, params, lr):
-        (a, first), (b, second) = [pair[1](g, s, p, lr) for pair, g, s, p in
-                                   zip(pairs, parts(grads), state, parts(params))]
-        return {k: {**a, **b}[k] for k in grads}, [first, second]
-    return init, update
+# --------------------------------------------------------------------------------------------------
+# 8. Lower precision: FP16 is a map over the dict
+# --------------------------------------------------------------------------------------------------
 
-def scale_lr(optimizer, scale):
-    """The optimizer with its steps multiplied: by one number, or by scale[name] where scale has the name."""
-    init, update = optimizer
-    def scaled(grads, state, params, lr):
-        deltas, state = update(grads, state, params, lr)
-        factors = scale if isinstance(scale, dict) else dict.fromkeys(deltas, scale)
-        return {k: factors.get(k, 1.0) * d for k, d in deltas.items()}, state
-    return init, scaled
-
-def glorot_scale(params, names, power=1):
-    """The paper's learning-rate scale of each weight: {name: (1 / sqrt(1.5 / (fan_in + fan_out))) ** power}.
-    power 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper, section 2.5;
-    the authors' code divides by this, half of the bound that Glorot and Bengio (2010) draw weights within."""
-    fans = {n: params[n][0].numel() + params[n][:, 0].numel() for n in names}
-    return {n: (fan / 1.5) ** (power / 2) for n, fan in fans.items()}
-
-def linear_schedule(peak, steps):
-    """lr(step): from peak down in a straight line, to 0 at step == steps."""
-    return lambda step: peak * ((steps - step) / steps)
-
-# ---- 7. Lower precision: in training by autocast, after training as a map over the dict ----
-def mixed_precision(dtype):
-    """A forward to pass in place of apply: the same under autocast to dtype, with logits in float32."""
-    def forward(model, params, buffers, x, train=False):
-        with torch.autocast(next(iter(params.values())).device.type, dtype):
-            logits, buffers = apply(model, params, buffers, x, train)
-        return logits.float(), buffers
-    return forward
 
 def to_dtype(tensors, dtype):
-    """A dict of params or buffers with its floating tensors in dtype, bit for bit as model.half() has them.
-    Raises ValueError, naming the tensor, where a finite value would become infinite (65504 in float16)."""
-    converted = {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+    """A dict of params or buffers with its floating tensors in dtype, as model.half() has them.
+
+    Raises ValueError, with the name, where a finite value would become infinite (above 65504 in
+    float16).
+    """
+    converted = {}
     for name, t in tensors.items():
-        if t.is_floating_point() and (t.isfinite() & ~converted[name].isfinite()).any():
-            raise ValueError(f"{name}: {t.abs().max().item():g} is out of the range of {dtype}")
+        converted[name] = t
+        if t.is_floating_point():
+            converted[name] = t.to(dtype)
+            lost = t.isfinite() & ~converted[name].isfinite()
+            if lost.any():
+                largest = t.abs().max().item()
+                raise ValueError(f"{name}: {largest:g} is out of the range of {dtype}")
     return converted
 
-def in_dtype(dtype):
-    """A forward to pass in place of apply, for params and buffers in dtype: floating inputs are cast too."""
-    cast = lambda t: t.to(dtype) if t.is_floating_point() else t
+
+def cast_forward(dtype):
+    """A forward to pass in place of apply, for params and buffers in dtype: it casts inputs too."""
+
+    def cast(t):
+        if t.is_floating_point():
+            return t.to(dtype)
+        return t
+
     def forward(model, params, buffers, x, train=False):
-        x = tuple(map(cast, x)) if isinstance(x, tuple) else cast(x)
+        x = tree_map_only(torch.Tensor, cast, x)
         logits, buffers = apply(model, params, buffers, x, train)
         return logits.float(), buffers
+
     return forward
 
-# ---- 8. Quantized inputs, and layers computed in integers. A grid of so many bits with a zero point holds
-#    the values step * (code - zero), code = 0 ... 2**bits - 1; the grid of 1 bit holds -1 and +1 ----
-_LAYER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
-class Weight(torch.Tensor):
-    """A tensor of the dict that says how its layer is computed: compute(layer, x, bias, **geometry), layer
-    being F.conv2d or F.linear, or compute(F.batch_norm, x, *more). All else that is done with it sees
-    value(), a plain tensor. parts: what it is made of in a deployed network (see deploy), or None."""
+def autocast_forward(dtype):
+    """A forward to pass in place of apply: the same under autocast to dtype, logits in float32."""
+
+    def forward(model, params, buffers, x, train=False):
+        device = tree_leaves(x)[0].device
+        with torch.autocast(device.type, dtype):
+            logits, buffers = apply(model, params, buffers, x, train)
+        return logits.float(), buffers
+
+    return forward
+
+
+# ==================================================================================================
+# Part two: the family, and networks that are small and integer for real
+# ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# 9. Scaled, ternary and pruned weights. A sign alone cannot say that one filter is stronger than
+#    another, or that a weight does not matter: alpha * sign(w), and zeros, can.
+# --------------------------------------------------------------------------------------------------
+
+
+def per_filter(values, ndim):
+    """Values, one for each output filter, (out,), as they multiply a weight: (out, 1, ...)."""
+    return values.view([-1] + [1] * (ndim - 1))
+
+
+def binarize_scaled(w):
+    """alpha * sign(w), alpha the mean of abs(w) over each output filter: BWN and XNOR-Net.
+
+    w: float (out, ...). Source: Rastegari et al. 2016, arXiv:1603.05279, section 3.1.
+    """
+    alpha = w.abs().flatten(1).mean(1)
+    return per_filter(alpha, w.ndim) * binarize(w)
+
+
+def binarize_he(w):
+    """sqrt(2 / fan_in) * sign(w). w: float (out, ...). Source: McDonnell 2018, arXiv:1802.08530."""
+    fan_in = w[0].numel()
+    return (2 / fan_in) ** 0.5 * binarize(w)
+
+
+def ternarize(w):
+    """alpha * {-1, 0, +1}: 0 where abs(w) <= 0.7 mean abs(w), alpha the mean of abs(w) elsewhere.
+
+    w: float, any shape, with one alpha. Source: Li et al. 2016, arXiv:1605.04711, section 2.
+    """
+    kept = ~(w.abs() <= 0.7 * w.abs().mean())  # a NaN is kept, and seen
+    alpha = (w.abs() * kept).sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, alpha * binarize(w), 0.0)
+
+
+def no_clip(w):
+    """w itself: scaled weights take their scale from the latent ones, which have no bound."""
+    return w
+
+
+BWN = Method(binarize_scaled, no_clip)
+BWN_HE = Method(binarize_he, no_clip)
+TERNARY = Method(ternarize, no_clip)
+
+
+def magnitude_masks(params, names, share):
+    """The masks {name: bool} that drop that share, 0 to 1, of the weights: the smallest ones.
+
+    The share is of all the weights in names together. Source: after Han et al. 2015,
+    arXiv:1506.02626.
+    """
+    magnitudes = torch.cat([params[name].abs().flatten() for name in names])
+    smallest = magnitudes.argsort(stable=True)[: round(share * len(magnitudes))]
+    kept = torch.ones_like(magnitudes, dtype=torch.bool)
+    kept[smallest] = False
+
+    parts = kept.split([params[name].numel() for name in names])
+    masks = {}
+    for name, part in zip(names, parts, strict=True):
+        masks[name] = part.view_as(params[name])
+    return masks
+
+
+def apply_mask(method, mask):
+    """The method with weights of 0 wherever mask (bool, like the weight) is False: they stay 0.
+
+    The latent weights behind them still move, where the gradient passes straight through.
+    """
+
+    def quantize(w, *more):
+        return torch.where(mask, method.quantize(w, *more), 0.0)
+
+    return Method(quantize, method.clip)
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Muon, the optimizer of the main preset, and optimizers made of others. The paper needs 500
+#     epochs of Adam; the main preset is as good after nine.
+# --------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(g, steps=5, dtype=torch.bfloat16):
+    """The matrix with its singular vectors kept and its singular values brought near 1.
+
+    g: float (rows, columns); the result has its dtype. Computed in the dtype given. Each step is an
+    odd polynomial of the matrix, a x + b x^3 + c x^5 for every singular value x at once, with a, b
+    and c chosen so that small values grow fast; they end between 0.7 and 1.2. Source: Jordan et al.
+    2024, "Muon".
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[0] > g.shape[1]
+    x = g.to(dtype)
+    if tall:
+        x = x.T  # x @ x.T is then the smaller of the two products
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        xxt = x @ x.T
+        x = a * x + (b * xxt + c * xxt @ xxt) @ x
+    if tall:
+        x = x.T
+    return x.to(g.dtype)
+
+
+def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
+    """Muon: SGD with momentum whose update is orthogonalized; convolutions as (out, in * k * k).
+
+    Why: a gradient has a few large singular values, so that SGD moves all outputs along a few
+    directions of the input. With all singular values near 1, each direction moves as far as any
+    other. In front of batch norm the scale of a weight does not matter, only its direction, which
+    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). init raises ValueError
+    for a tensor of fewer than 2 dimensions (give those to another, by partition). Source: Jordan et
+    al. 2024.
+    """
+
+    def init(params):
+        vectors = [name for name, p in params.items() if p.ndim < 2]
+        if vectors:
+            raise ValueError(f"muon takes matrices and convolutions, not {', '.join(vectors)}")
+        return zeros_like(params)
+
+    def update(grads, state, params, lr):
+        updates, velocities = {}, {}
+        for name, g in grads.items():
+            velocity = momentum * state[name] + (1 - momentum) * g
+            velocities[name] = velocity
+            if nesterov:
+                velocity = momentum * velocity + (1 - momentum) * g
+            matrix = newton_schulz(velocity.flatten(1), steps, dtype)
+            rows, columns = matrix.shape
+            scale = max(1, rows / columns) ** 0.5
+            updates[name] = (-lr * scale * matrix).view_as(g)
+        return updates, velocities
+
+    return Optimizer(init, update)
+
+
+def partition(names, optimizer, rest):
+    """The optimizer that uses one Optimizer for the params in names and another for the rest.
+
+    init raises KeyError for names that are not in params.
+    """
+    names = set(names)
+
+    def divide(tensors):
+        inside = {name: t for name, t in tensors.items() if name in names}
+        outside = {name: t for name, t in tensors.items() if name not in names}
+        return inside, outside
+
+    def init(params):
+        check_names(params, names)
+        params_in, params_out = divide(params)
+        return optimizer.init(params_in), rest.init(params_out)
+
+    def update(grads, state, params, lr):
+        grads_in, grads_out = divide(grads)
+        params_in, params_out = divide(params)
+        updates_in, state_in = optimizer.update(grads_in, state[0], params_in, lr)
+        updates_out, state_out = rest.update(grads_out, state[1], params_out, lr)
+        return {**updates_in, **updates_out}, (state_in, state_out)
+
+    return Optimizer(init, update)
+
+
+def scale_updates(optimizer, scale):
+    """The optimizer with its updates multiplied by scale, a number or a dict {name: number}."""
+
+    def update(grads, state, params, lr):
+        updates, state = optimizer.update(grads, state, params, lr)
+        scaled = {}
+        for name, u in updates.items():
+            factor = scale
+            if isinstance(scale, dict):
+                factor = scale.get(name, 1.0)
+            scaled[name] = factor * u
+        return scaled, state
+
+    return Optimizer(optimizer.init, update)
+
+
+def glorot_scale(params, names, power=1):
+    """The paper's scale of learning rates: {name: (1 / sqrt(1.5 / (fan_in + fan_out))) ** power}.
+
+    power: 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper,
+    section 2.5; the authors' code divides by this: half the bound that Glorot and Bengio 2010 draw
+    weights within.
+    """
+    scale = {}
+    for name in names:
+        fan_in = params[name][0].numel()
+        fan_out = params[name][:, 0].numel()
+        scale[name] = ((fan_in + fan_out) / 1.5) ** (power / 2)
+    return scale
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Quantized inputs. The weights are in the dict, but the inputs of a layer exist only inside the
+#     forward pass of a model that is not ours to change. So a weight may bring its own layer: apply
+#     puts a hook in its place, which sees the call of the layer. Inputs are rounded to a grid,
+#     scale * (q - zero_point) with q = 0 ... 2^bits - 1; the grid of 1 bit holds -1 and +1.
+# --------------------------------------------------------------------------------------------------
+
+
+class OwnLayer:
+    """A value of a params dict that is no tensor, but computes its own layer.
+
+    layer(function, x, bias, **geometry): what F.conv2d or F.linear would give; dequantize(): the
+    plain weight, which is what everything else in a model sees; shape: the weight's.
+    """
+
+    def tensors(self):
+        """The tensors that it is made of."""
+        return [value for value in vars(self).values() if torch.is_tensor(value)]
+
+
+LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class Hook(torch.Tensor):
+    """Stands in a model where an OwnLayer is its parameter, for the time of one call of apply."""
+
     @staticmethod
-    def __new__(cls, data, compute, value, parts=None):
-        weight = data.as_subclass(cls)
-        weight.compute, weight.value, weight.parts = compute, value, parts
-        return weight
+    def around(owner):
+        """The hook for an OwnLayer."""
+        hook = torch.empty(0).as_subclass(Hook)
+        hook.owner = owner
+        return hook
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        # Private, and how torch's own subclasses call what they stand in for.
         with torch._C.DisableTorchFunctionSubclass():
-            if function in (F.batch_norm, torch.batch_norm):
-                own = next(a for a in (*args, *(kwargs or {}).values()) if isinstance(a, cls))
-                return own.compute(function, *args, **(kwargs or {}))
             if function in (F.conv2d, F.linear):
-                call = {**dict(zip(_LAYER, args)), **(kwargs or {})}
-                return call.pop("weight").compute(function, call.pop("input"), **call)
-            moves = function.__name__ in ("to", "clone", "half", "cuda", "cpu", "float", "double", "bfloat16",
-                                          "__deepcopy__", "__reduce_ex__")
-            if moves and any(isinstance(a, cls) and a.parts is not None for a in args):
-                raise TypeError("a deployed tensor is more than its values: move it with to_device, save it "
-                                "with save_packed")
-            args, kwargs = tree_map_only(cls, lambda a: a.value(), (args, kwargs or {}))
+                call = {**dict(zip(LAYER_ARGUMENTS, args, strict=False)), **kwargs}
+                weight = call.pop("weight")
+                if isinstance(weight, Hook):
+                    return weight.owner.layer(function, call.pop("input"), **call)
+            if function in (F.batch_norm, torch.batch_norm):
+                for value in (*args, *kwargs.values()):
+                    if isinstance(value, Hook) and isinstance(value.owner, FoldedNorm):
+                        return args[0]
+            args, kwargs = tree_map_only(Hook, dequantize_hook, (args, kwargs))
             return function(*args, **kwargs)
+
+
+def dequantize_hook(hook):
+    """The plain weight that a hook stands for."""
+    return hook.owner.dequantize()
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedInput(OwnLayer):
+    """A weight whose layer quantizes its input first, whatever computed it: quantize(x)."""
+
+    weight: torch.Tensor
+    quantize: Callable
+
+    @property
+    def shape(self):
+        return self.weight.shape
+
+    def dequantize(self):
+        return self.weight
+
+    def layer(self, function, x, bias=None, **geometry):
+        return function(self.quantize(x), self.weight, bias, **geometry)
+
 
 def sign_input(x):
     """sign(x), sign(0) = +1, with the gradient cut where abs(x) > 1: the activations of XNOR-Net.
-    Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016, arXiv:1602.02830."""
-    return straight_through(torch.where(x.abs() <= 1, x, 0.0), _sign(x))
 
-def lsq(x, step, low, high, size):
-    """step * round(clip(x / step, low, high)), differentiable in x and in step (a tensor of one value).
-    size: how many values share the step: the weight's, or the features of one image; the step's gradient is
-    scaled by 1 / sqrt(size * high). Source: LSQ, Esser et al. 2020, arXiv:1902.08153, section 2."""
-    step = straight_through(step * (size * max(high, 1)) ** -0.5, step)   # the step, its gradient scaled
-    v = (x / step).clamp(low, high)
-    return straight_through(v, v.round()) * step
+    x: float, any shape. Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016,
+    arXiv:1602.02830.
+    """
+    inside = torch.where(x.abs() <= 1, x, 0.0)
+    return straight_through(inside, binarize(x))
 
-def lsq_weights(bits):
-    """The quantizer(w, step) of weights on the signed grid of so many bits, 2 or more."""
-    return lambda w, step: lsq(w, step, -2 ** (bits - 1), 2 ** (bits - 1) - 1, w.numel())
 
-def _wrap(params, names, around):
-    """The params with, for each name, a Weight whose layer is layer(around(name, x), w, ...)."""
-    weight = lambda name, w: Weight(w, lambda layer, x, **more: layer(around(name, x), w, **more), lambda: w)
-    names = _known(params, names)
-    return {k: weight(k, w) if k in names else w for k, w in params.items()}
+def lsq(x, step_size, low, high, size):
+    """step_size * round(clip(x / step_size, low, high)), differentiable in x and in step_size.
 
-def with_inputs(grids, forward=apply):
+    step_size: a tensor of one value. size: how many values share it: the weight's, or the features
+    of one image; its gradient is scaled by 1 / sqrt(size * high). Source: Esser et al. 2020,
+    arXiv:1902.08153, section 2.
+    """
+    gradient_scale = (size * max(high, 1)) ** -0.5
+    step_size = straight_through(step_size * gradient_scale, step_size)
+    v = (x / step_size).clamp(low, high)
+    return straight_through(v, v.round()) * step_size
+
+
+def lsq_method(bits):
+    """The Method of weights on a signed grid of so many bits, 2 or more: LSQ."""
+    high = 2 ** (bits - 1) - 1
+
+    def quantize(w, step_size):
+        return lsq(w, step_size, -high - 1, high, w.numel())
+
+    return Method(quantize, no_clip)
+
+
+def quantized_inputs(grids, forward=apply):
     """A forward to pass in place of apply: the same, with layers that quantize their inputs first.
-    grids: {weight's name: (bits, zero)}. What is quantized is what the layer receives, whatever computed it;
-    the model is not touched. The step, for 2 bits and more, is the learned entry "NAME:input_step"."""
-    def quantized(model, params, buffers, x, train=False):
-        def around(name, x):
-            bits, zero = grids[name]
-            if bits == 1:
-                return sign_input(x)
-            return lsq(x, params[f"{name}:input_step"], -zero, 2**bits - 1 - zero, x[0].numel())
-        return forward(model, _wrap(params, grids, around), buffers, x, train)
-    return quantized
+
+    grids: {weight's name: (bits, zero_point)}. For 2 bits and more the scale is the learned entry
+    "NAME:input_step_size" of params (LSQ); for 1 bit it is XNOR-Net's sign. Raises KeyError.
+    """
+
+    def quantizer(name, params):
+        bits, zero_point = grids[name]
+        step_size = params.get(f"{name}:input_step_size")
+
+        def round_to_grid(x):
+            return lsq(x, step_size, -zero_point, 2**bits - 1 - zero_point, x[0].numel())
+
+        if bits == 1:
+            return sign_input
+        return round_to_grid
+
+    def quantized_forward(model, params, buffers, x, train=False):
+        check_names(params, grids)
+        own = {name: QuantizedInput(params[name], quantizer(name, params)) for name in grids}
+        return forward(model, {**params, **own}, buffers, x, train)
+
+    return quantized_forward
+
 
 def min_max(x, bits):
-    """The grid (step, zero) over all the values of x and 0; step a tensor, zero an int."""
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
-    return step, min(2**bits - 1, round((-low / step).item()))
+    """The grid (scale, zero_point) over the values of x and 0: a tensor and an int."""
+    low = x.min().clamp(max=0)
+    high = x.max().clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+    zero_point = min(2**bits - 1, round((-low / scale).item()))
+    return scale, zero_point
 
-def least_squares(x, bits):
-    """The grid (step, zero), of 40 parts of min_max's, of least squared error on some 50,000 values of x."""
-    x = x.flatten()[::max(1, x.numel() // 50_000)].float()
-    widest, zero = min_max(x, bits)
-    error = lambda s: ((x / s).round().clamp(-zero, 2**bits - 1 - zero) * s - x).square().mean().item()
-    return min((widest * i / 40 for i in range(1, 41)), key=error), zero
 
-def calibrate(model, params, buffers, x, bits, fit=min_max):
-    """The grids of the layers' inputs for images x: ({"NAME:input_step": step}, {name: (bits, zero)}).
-    bits: {weight's name: bits}. x: training images, never test images, as the network takes them. fit:
-    min_max or least_squares, of what the layer receives; where a layer is called twice, the last time."""
-    steps, grids = {}, {}
-    def watch(name, x):
-        steps[f"{name}:input_step"], zero = fit(x.float(), bits[name])
-        grids[name] = (bits[name], zero)
-        return x
+def min_mse(x, bits):
+    """The grid (scale, zero_point) of least squared error on x, of 40 parts of min_max's."""
+    x = x.flatten()
+    x = x[:: max(1, len(x) // 50_000)].float()
+    widest, zero_point = min_max(x, bits)
+    errors = []
+    for part in range(1, 41):
+        scale = widest * part / 40
+        q = (x / scale).round().clamp(-zero_point, 2**bits - 1 - zero_point)
+        errors.append((q * scale - x).square().mean().item())
+    best = 1 + errors.index(min(errors))
+    return widest * best / 40, zero_point
+
+
+def calibrate_inputs(model, params, buffers, x, bits, fit=min_max):
+    """The grids of layers' inputs: ({"NAME:input_step_size": scale}, {name: (bits, zero_point)}).
+
+    bits: {weight's name: bits}. x: training images, never test images, as the network takes them.
+    fit: min_max or min_mse, of what the layer receives; where a layer is called twice, the last
+    time.
+    """
+    scales, grids = {}, {}
+
+    def watcher(name):
+        def watch(x):
+            scales[f"{name}:input_step_size"], zero_point = fit(x.float(), bits[name])
+            grids[name] = (bits[name], zero_point)
+            return x
+
+        return watch
+
+    watched = {name: QuantizedInput(params[name], watcher(name)) for name in bits}
     with torch.no_grad():
-        apply(model, _wrap(params, bits, watch), buffers, x)
-    return steps, grids
+        apply(model, {**params, **watched}, buffers, x)
+    return scales, grids
 
-def _int_mm(a, b):
-    """a @ b in integers, int8 (m, k) and (k, n) to int32, by torch._int_mm, padded as CUDA needs it."""
-    (m, k), n = a.shape, b.shape[1]
-    if a.is_cuda:
-        a, b = F.pad(a, (0, -k % 8, 0, max(0, 17 - m))), F.pad(b, (0, -n % 8, 0, -k % 8))
+
+# --------------------------------------------------------------------------------------------------
+# 12. Layers in integers. With x = s_x (q_x - z) and w = s_w q_w, a sum of products is
+#     s_x s_w * sum of (q_x - z) q_w: integers, exact in 32 bits, and one multiplication at the end.
+#     There are three kernels: oneDNN's convolution on a CPU with VNNI, a product of int8 matrices,
+#     and, where neither is exact, floats wide enough to hold every sum.
+# --------------------------------------------------------------------------------------------------
+
+
+def int_mm(a, b):
+    """a @ b: int8 (m, k) and (k, n) to int32, by a private operator: no public one takes int8."""
+    m, n = len(a), b.shape[1]
+    if a.shape[1] == 1:  # on a CPU it reads beyond such a weight
+        a = F.pad(a, (0, 1))
+        b = F.pad(b, (0, 0, 0, 1))
+    if a.is_cuda:  # there it wants k and n to be multiples of 8, and m above 16
+        a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - m)))
+        b = F.pad(b, (0, -n % 8, 0, -b.shape[0] % 8))
     return torch._int_mm(a, b)[:m, :n]
 
-def _float_mm(a, b):
-    """The same by floats, of 24 bits where they hold the sums, or of 53: exact too; faster without VNNI."""
-    few = a.device.type == "cpu" and b.int().abs().sum(0).max() * 128 < 2**24
-    with torch.autocast(a.device.type, enabled=False):
-        return (a.to(dtype := torch.float32 if few else torch.float64) @ b.to(dtype)).int()
 
-def _onednn(codes, w, step, zero, scale, shift, prepack, *geometry):
-    """A convolution in integers, uint8 by int8, and scale and shift in the same pass: oneDNN's, on a CPU."""
-    packed = prepack(w, scale, step, zero, *geometry, codes.shape)
-    more = (torch.zeros_like(scale).long(), shift, *geometry, 1.0, 0, torch.float32, "none", [], "")
-    return torch.ops.onednn.qconv2d_pointwise(codes, step, zero, packed, scale, *more)
+def onednn_conv2d(q, w, zero_point, input_scale, scale, shift, geometry, memo):
+    """A whole layer, float32: the convolution of (q - zero_point) by w, scaled and shifted.
+
+    q: uint8; w: int8; memo: a dict that keeps the weight in the layout which this call needs. The
+    operators are private: those that torch.compile writes for quantized networks.
+    """
+    key = (geometry, tuple(q.shape), input_scale, zero_point)
+    if key not in memo:
+        memo.clear()
+        memo[key] = torch.ops.onednn.qconv_prepack(
+            w, scale, input_scale, zero_point, *geometry, list(q.shape)
+        )
+    zeros = torch.zeros_like(scale).long()
+    weight = (memo[key], scale, zeros, shift)
+    # the output's scale, zero point and dtype, and no activation behind it
+    output = (1.0, 0, torch.float32, "none", [], "")
+    return torch.ops.onednn.qconv2d_pointwise(
+        q, input_scale, zero_point, *weight, *geometry, *output
+    )
+
 
 @functools.cache
-def _exact(kernel, device):
-    """Whether a kernel is there and exact: some processors saturate sums of two products at 16 bits."""
-    w, one = torch.full((64, 64), 127, dtype=torch.int8, device=device), torch.ones(64, device=device)
-    x = torch.full((1, 64, 1, 1), 255, dtype=torch.uint8, device=device)
+def is_exact(kernel, device):
+    """Whether a kernel is there, and exact: some processors saturate sums at 16 bits."""
+    w = torch.full((64, 64), 127, dtype=torch.int8, device=device)
+    q = torch.full((1, 64, 1, 1), 255, dtype=torch.uint8, device=device)
+    one = torch.ones(64, device=device)
     try:
-        if kernel is _int_mm:
-            return bool((_int_mm(w, w) == 64 * 127**2).all())
-        sums = kernel(x, w[..., None, None], 1.0, 0, one, 0 * one, torch.ops.onednn.qconv_prepack,
-                      (1, 1), (0, 0), (1, 1), 1)
-        return bool((sums == 64 * 255 * 127).all())
-    except (RuntimeError, AttributeError, TypeError):
+        if kernel is int_mm:
+            lowest = torch.full_like(w, -128)
+            found = int_mm(lowest, w)
+            return bool((found == -64 * 128 * 127).all())
+        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        found = kernel(q, w[..., None, None], 0, 1.0, one, torch.zeros_like(one), geometry, {})
+        return bool((found == 64 * 255 * 127).all())
+    except (RuntimeError, AttributeError, TypeError):  # a torch, or a device, that has not got it
         return False
 
-def integer_conv2d(codes, w, zero, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """The convolution of (codes - zero), with zeros around it, by w, exactly: int32 (n, out, h, w).
-    codes: uint8 (n, c, h, w); w: int8 (out, c / groups, kh, kw). One product of matrices over windows that
-    lie as in channels-last memory. Raises ValueError where 32 bits might not hold the sums."""
-    if w[0].numel() * 255 * 128 >= 2**31:
-        raise ValueError(f"sums of {w[0].numel():,} products of 8 bits may not fit 32 bits")
-    if groups > 1:   # float64 is exact up to 2**53
-        x, w = codes.double() - zero, w.double()
-        return F.conv2d(x, w, None, stride, padding, dilation, groups).round().int()
-    fast = _exact(_int_mm, codes.device) and (codes.is_cuda or _exact(_onednn, codes.device))
-    x = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]), value=zero).permute(0, 2, 3, 1)
-    x = x.contiguous().bitwise_xor(128).view(torch.int8)                                    # code - 128
-    (n, height, width, c), (kh, kw), (a, b, d, e) = x.shape, w.shape[2:], x.stride()
+
+def suits_onednn(q, w, geometry):
+    """Whether oneDNN's convolution may take a layer: at odd geometries its sums are wrong."""
+    (stride, padding, dilation, groups), kernel = geometry, tuple(w.shape[2:])
+    square = kernel[0] == kernel[1] and stride[0] == stride[1] and padding[0] == padding[1]
+    usual = groups == 1 and dilation == (1, 1) and stride[0] <= kernel[0] and padding[0] < kernel[0]
+    wide = q.shape[3] + 2 * padding[1] > kernel[1]  # an output of more than one column
+    few_terms = w[0].numel() < 2**16  # sums that 32 bits hold, of uint8 by int8
+    return square and usual and wide and few_terms and is_exact(onednn_conv2d, q.device)
+
+
+def float_for_sums(w, device):
+    """The float whose mantissa holds every sum of w's filters with inputs from -255 to 255."""
+    largest = 255 * w.int().abs().flatten(1).sum(1).max().item()
+    if device.type == "cpu" and largest < 2**24:  # on CUDA, float32 convolutions may take TF32
+        return torch.float32
+    return torch.float64
+
+
+def check_terms(w):
+    """Raises ValueError where 32 bits might not hold the sums of a weight's filters."""
+    terms = w[0].numel()
+    if terms * 255 * 128 >= 2**31:
+        raise ValueError(f"sums of {terms:,} products of 8 bits may not fit 32 bits")
+
+
+def integer_linear(q, w, zero_point):
+    """(q - zero_point) @ w.T, exactly: int32 (n, out). q: uint8 (n, in); w: int8 (out, in).
+
+    Raises ValueError where 32 bits might not hold the sums.
+    """
+    check_terms(w)
+    if is_exact(int_mm, q.device):
+        centred = q.bitwise_xor(128).view(torch.int8)  # q - 128
+        return int_mm(centred, w.T) + (128 - zero_point) * w.sum(1).int()
+    dtype = float_for_sums(w, q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        return ((q.to(dtype) - zero_point) @ w.T.to(dtype)).int()
+
+
+def integer_conv2d(q, w, zero_point, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+    """The convolution of (q - zero_point) by w, zeros around it, exactly: int32 (n, out, h, w).
+
+    q: uint8 (n, in, h, w); w: int8 (out, in / groups, kh, kw). Raises ValueError where 32 bits
+    might not hold the sums.
+    """
+    check_terms(w)
+    if groups == 1 and is_exact(int_mm, q.device):
+        return conv2d_by_windows(q, w, zero_point, stride, padding, dilation)
+    dtype = float_for_sums(w, q.device)
+    x = q.to(dtype) - zero_point
+    # NNPACK's convolutions are Winograd's, which are not exact
+    with torch.autocast(q.device.type, enabled=False), torch.backends.nnpack.flags(enabled=False):
+        return F.conv2d(x, w.to(dtype), None, stride, padding, dilation, groups).round().int()
+
+
+def conv2d_by_windows(q, w, zero_point, stride, padding, dilation):
+    """integer_conv2d of one group, as one product of matrices: a row for each window."""
+    x = F.pad(q, (padding[1], padding[1], padding[0], padding[0]), value=zero_point)
+    x = x.permute(
+        0, 2, 3, 1
+    ).contiguous()  # channels last: a window's row is then a few long copies
+    n, height, width, channels = x.shape
+    kh, kw = w.shape[2:]
     rows = (height - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     columns = (width - dilation[1] * (kw - 1) - 1) // stride[1] + 1
-    windows = x.as_strided((n, rows, columns, kh, kw, c),
-                           (a, b * stride[0], d * stride[1], b * dilation[0], d * dilation[1], e))
-    matrix = w.permute(0, 2, 3, 1).flatten(1)
-    sums = (_int_mm if fast else _float_mm)(windows.reshape(-1, matrix.shape[1]), matrix.T)
-    return rearrange(sums + (128 - zero) * matrix.sum(1).int(), "(n h w) c -> n c h w", n=n, h=rows)
 
-def integers(codes, bits, shape, **_):
-    """The integers that a deployed weight's codes stand for, int8 of that shape."""
-    codes = unpack_bits(codes, bits, shape)
-    return (2 * codes.to(torch.int8) - 1) if bits == 1 else (codes - 2 ** (bits - 1)).view(torch.int8)
+    image, row, column, channel = x.stride()
+    strides = (image, row * stride[0], column * stride[1])
+    strides += (row * dilation[0], column * dilation[1], channel)
+    windows = x.as_strided((n, rows, columns, kh, kw, channels), strides)
+    windows = windows.reshape(n * rows * columns, kh * kw * channels)
+    sums = integer_linear(windows, w.permute(0, 2, 3, 1).flatten(1), zero_point)
+    return rearrange(sums, "(n h w) c -> n c h w", n=n, h=rows)
 
-def input_codes(x, grid, step=None):
-    """x on a grid (bits, zero): (codes, uint8 like x; step; zero); without a step, on min_max's of x."""
-    bits, zero = grid
-    if bits == 1:
-        return 2 * (x >= 0).to(torch.uint8), 1.0, 1
-    if step is None:
-        step, zero = min_max(x, bits)
-    codes = torch.empty_like(x, dtype=torch.uint8)
-    few = 4 if x.device.type == "cpu" else max(1, len(x))   # images that stay in the processor's cache
-    for part, out in zip(x.split(few), codes.split(few)):
-        q = (part / step).round_()
-        out.copy_((q.add_(zero) if zero else q).clamp_(0, 2**bits - 1))
-    return codes, float(step), zero
 
-def deploy(codes=None, bits=32, shape=(0,), scale=None, shift=None, grid=None, step=None):
-    """The tensor of a deployed network that is made of these parts, which are moved and saved as they are.
-    codes: pack_bits' bytes for 1 to 8 bits, floats for 16 and 32; shape: the weight's; scale,
-    shift: float32 (out,), shift or None; grid: (bits, zero) of the layer's input and step, its float step, or
-    None to find it in each batch; without a grid, inputs stay real. No codes: a folded batch norm."""
-    parts = dict(codes=codes, bits=bits, shape=shape, scale=scale, shift=shift, grid=grid, step=step)
-    prepared = functools.cache(lambda: integers(**parts).view(*shape, *[1] * (4 - len(shape))))
-    prepack = functools.lru_cache(1)(lambda *its: torch.ops.onednn.qconv_prepack(*its))
-    value = lambda: codes if bits > 8 else prepared().view(shape) * _by_filter(scale, len(shape))
-    def compute(layer, x, bias=None, **geometry):
-        bias = bias if shift is None else shift if bias is None else bias + shift
-        if grid is None:
-            return layer(x, value().to(x.dtype), None if bias is None else bias.to(x.dtype), **geometry)
-        bias = torch.zeros_like(scale) if bias is None else bias.float()
-        return _integer_layer(x.float(), parts, prepared(), prepack, bias, **geometry).to(x.dtype)
-    if codes is None:
-        compute, value = lambda norm, x, *more, **named: x, lambda: torch.ones(shape)
-    return Weight(torch.empty(0) if codes is None else codes, compute, value, parts)
+def quantize_input(x, grid, scale=None):
+    """x on a grid (bits, zero_point): (q, scale, zero_point), q uint8. No scale: min_max's of x."""
+    bits, zero_point = grid
+    if bits == 1:  # codes 0 and 2 around a zero point of 1
+        return torch.where(x >= 0, 2, 0).to(torch.uint8), 1.0, 1
+    if scale is None:
+        scale, zero_point = min_max(x, bits)
 
-def _integer_layer(x, parts, w, prepack, bias, stride=1, padding=0, dilation=1, groups=1):
-    """A linear layer, or a convolution, of float32 inputs by a deployed weight, in integers: float32."""
-    (codes, step, zero), scale = input_codes(x, parts["grid"], parts["step"]), parts["scale"]
-    if len(parts["shape"]) == 2:   # a linear layer: a convolution of images of one pixel
-        codes = codes.reshape(-1, codes.shape[-1], 1, 1)
-    pair = lambda v: (v, v) if isinstance(v, int) else tuple(v)
+    q = torch.empty_like(x, dtype=torch.uint8)
+    few = max(1, len(x))
+    if x.device.type == "cpu":
+        few = 4  # images that stay in the processor's cache from one line to the next
+    for part, out in zip(x.split(few), q.split(few), strict=True):
+        codes = (part / scale).round_()
+        if zero_point:
+            codes.add_(zero_point)
+        out.copy_(codes.clamp_(0, 2**bits - 1))
+    return q, float(scale), zero_point
+
+
+def conv_geometry(kernel, stride=1, padding=0, dilation=1, groups=1):
+    """The geometry (stride, padding, dilation, groups) of a convolution in pairs, and its margins.
+
+    The margins are None, or the margins (left, right, top, bottom) of padding="same".
+    """
+
+    def pair(value):
+        if isinstance(value, int):
+            return (value, value)
+        return tuple(value)
+
+    dilation = pair(dilation)
+    margins = None
+    if padding == "same":
+        height, width = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        margins = (width // 2, width - width // 2, height // 2, height - height // 2)
     if isinstance(padding, str):
-        h, v = (d * (k - 1) * (padding == "same") for d, k in zip(pair(dilation), w.shape[2:]))
-        codes, padding = F.pad(codes, (v // 2, v - v // 2, h // 2, h - h // 2), value=zero), 0
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
-    if _exact(_onednn, codes.device) and w[0].numel() < 2**16:
-        out = _onednn(codes, w, step, zero, scale, bias, prepack, *geometry)
-    else:
-        sums = integer_conv2d(codes, w, zero, *geometry)
-        out = torch.addcmul(bias.view(1, -1, 1, 1), sums, (step * scale).view(1, -1, 1, 1))
-    return out if len(parts["shape"]) > 2 else out.view(*x.shape[:-1], len(scale))
+        padding = 0
+    return (pair(stride), pair(padding), dilation, groups), margins
 
-# ---- 9. Packing: the dict of a deployed network, whose tensors hold bits ----
-def pack_bits(codes, bits):
-    """Integers from 0 to 2**bits - 1, of any shape, as a row of bytes, uint8, low bits first."""
-    spread = (codes.flatten()[:, None].int() >> torch.arange(bits, device=codes.device)) & 1
+
+# --------------------------------------------------------------------------------------------------
+# 13. The packed weight. A sign stored as a float takes 32 bits. A network is deployed with weights
+#     that hold their bits, and a scale for each filter; apply runs it as it is.
+# --------------------------------------------------------------------------------------------------
+
+
+def pack_bits(q, bits):
+    """Integers from 0 to 2^bits - 1, any shape, as a row of bytes, uint8, the low bits first."""
+    spread = (q.flatten()[:, None].int() >> torch.arange(bits, device=q.device)) & 1
     spread = F.pad(spread.flatten(), (0, -spread.numel() % 8)).view(-1, 8)
-    return (spread << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
+    return (spread << torch.arange(8, device=q.device)).sum(1).to(torch.uint8)
+
 
 def unpack_bits(data, bits, shape):
-    """The uint8 integers of that shape that pack_bits made bytes of."""
-    count, width = torch.Size(shape).numel(), bits if 8 % bits == 0 else 1
-    place = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
-    spread = ((data[:, None] >> place) & (2**width - 1)).flatten()[:count * bits // width]
-    spread = spread.view(count, bits // width)
-    return sum(spread[:, i] << i for i in range(bits // width)).reshape(shape)
+    """The integers, uint8 of that shape, of which pack_bits made the bytes."""
+    count = torch.Size(shape).numel()
+    width = 1
+    if 8 % bits == 0:
+        width = bits  # an integer lies within a byte: it can be taken out as a whole
+    places = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device)
+    spread = (data[:, None] >> places) & (2**width - 1)
+    spread = spread.flatten()[: count * bits // width].view(count, bits // width)
+    q = torch.zeros(count, dtype=torch.uint8, device=data.device)
+    for i in range(bits // width):
+        q += spread[:, i] << i
+    return q.view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed(OwnLayer):
+    """A weight as it is deployed: integers of so many bits, and a scale for each filter."""
+
+    q: torch.Tensor  # uint8, the bytes of pack_bits
+    bits: int  # 1 to 8
+    shape: tuple
+    scale: torch.Tensor  # float32 (out,)
+    shift: torch.Tensor | None = (
+        None  # float32 (out,): of a batch norm that was folded into the layer
+    )
+    grid: tuple | None = None  # (bits, zero_point) of the layer's input, or None: it stays real
+    input_scale: float | None = None  # None: measured in each batch, "dynamic"
+    memo: dict = field(default_factory=dict, init=False, repr=False)  # what was unpacked, once
+
+    def __getstate__(self):
+        return {**vars(self), "memo": {}}  # a copy, or a file, unpacks for itself
+
+    def integers(self):
+        """The integers, int8 of the weight's shape, -1 and +1 for 1 bit; unpacked once."""
+        if "integers" not in self.memo:
+            q = unpack_bits(self.q, self.bits, self.shape)
+            if self.bits == 1:
+                self.memo["integers"] = 2 * q.to(torch.int8) - 1
+            else:
+                self.memo["integers"] = (q - 2 ** (self.bits - 1)).view(torch.int8)
+        return self.memo["integers"]
+
+    def dequantize(self):
+        """The weight in float32: the integers times the scale of their filter."""
+        return self.integers() * per_filter(self.scale, len(self.shape))
+
+    def layer(self, function, x, bias=None, **geometry):
+        """The layer for x: in integers where its input has a grid, else with the plain weight."""
+        bias = add_shift(bias, self.shift)
+        if self.grid is None:
+            if bias is not None:
+                bias = bias.to(x.dtype)
+            return function(x, self.dequantize().to(x.dtype), bias, **geometry)
+        if bias is None:
+            bias = torch.zeros_like(self.scale)
+        q, input_scale, zero_point = quantize_input(x.float(), self.grid, self.input_scale)
+        if function is F.linear:
+            sums = integer_linear(q.reshape(-1, q.shape[-1]), self.integers(), zero_point)
+            y = bias.float() + sums * (input_scale * self.scale)
+            y = y.view(*x.shape[:-1], len(self.scale))
+        else:
+            y = self._convolution(q, input_scale, zero_point, bias.float(), geometry)
+        return y.to(x.dtype)
+
+    def _convolution(self, q, input_scale, zero_point, bias, geometry):
+        w = self.integers()
+        geometry, margins = conv_geometry(self.shape[2:], **geometry)
+        if margins is not None:
+            q = F.pad(q, margins, value=zero_point)
+        in_planes = q.is_contiguous()
+        if suits_onednn(q, w, geometry):
+            prepared = self.memo.setdefault("onednn", {})
+            y = onednn_conv2d(q, w, zero_point, input_scale, self.scale, bias, geometry, prepared)
+        else:
+            sums = integer_conv2d(q, w, zero_point, *geometry)
+            y = torch.addcmul(per_filter(bias, 3), sums, per_filter(input_scale * self.scale, 3))
+        if in_planes:
+            y = y.contiguous()  # as a float convolution would leave it, for a view behind it
+        return y
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted(OwnLayer):
+    """A weight in full precision, and the shift of the batch norm folded into its layer."""
+
+    weight: torch.Tensor
+    shift: torch.Tensor
+
+    @property
+    def shape(self):
+        return self.weight.shape
+
+    def dequantize(self):
+        return self.weight
+
+    def layer(self, function, x, bias=None, **geometry):
+        bias = add_shift(bias, self.shift).to(x.dtype)
+        return function(x, self.weight.to(x.dtype), bias, **geometry)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedNorm(OwnLayer):
+    """The weight or bias of a batch norm that was folded away: it passes x through."""
+
+    shape: tuple
+
+    def dequantize(self):
+        return torch.ones(self.shape)
+
+
+def add_shift(bias, shift):
+    """The sum of a layer's bias and a folded shift, either of which may be None."""
+    if bias is None:
+        return shift
+    if shift is None:
+        return bias
+    return bias + shift
+
 
 def pack(params, bits, grids=None):
-    """The params of the deployed network: the same dict with tensors that hold so many bits, and no steps.
-    bits: {name: 1 to 8}: 1 for alpha * sign(w), 2 for ternary weights, k for weights on the grid of their
-    "NAME:step", or rounded to that of their largest value, filter by filter; grids: {name: (bits, zero)} for
-    inputs, each with an "NAME:input_step" unless dynamic. Raises ValueError where 1 bit is not enough, where
-    bits are not 1 to 8, or an input on a grid meets real weights; KeyError."""
-    def packed(name, w):
-        shift, b = params.get(f"{name}:shift"), bits.get(name, 32)
-        if b not in (*range(1, 9), 16, 32) or grids.get(name, (8, 0))[0] not in range(1, 9):
-            raise ValueError(f"{name}: bits of weights (16 and 32: real ones) and inputs are 1 to 8")
-        if b > 8 and name in grids:
-            raise ValueError(f"{name}: integers need weights of 8 bits at most, for an input on a grid")
-        if b > 8:
-            return w if shift is None else deploy(w, 8 * w.element_size(), tuple(w.shape), shift=shift)
-        top = max(1, 2 ** (b - 1) - 1)
-        scale = params.get(f"{name}:step", w.abs().flatten(1).amax(1) / top).flatten().expand(len(w)).float()
-        unit = _by_filter(torch.where(scale == 0, 1.0, scale), w.ndim)
-        q = binarize(w) if b == 1 else (_no_nan(w) / unit).round().clamp(-top - 1, top)
-        if b == 1 and (q * _by_filter(scale, w.ndim) != w).any():
-            raise ValueError(f"{name}: its filters have more than two values, 1 bit does not hold them")
-        codes = pack_bits((q + 1) / 2 if b == 1 else q + 2 ** (b - 1), b)
-        step = params[f"{name}:input_step"].item() if f"{name}:input_step" in params else None
-        return deploy(codes, b, tuple(w.shape), scale.contiguous(), shift, grids.get(name), step)
-    own, grids = {k: w for k, w in params.items() if ":" not in k}, grids or {}
-    _known(own, [*bits, *grids])
-    return {k: w if isinstance(w, Weight) else packed(k, w.detach()) for k, w in own.items()}
+    """The params of the deployed network: the same dict, with Packed in place of weights in bits.
+
+    bits: {name: 1 to 8}: 1 for alpha * sign(w); 2 for ternary weights; k for weights on the grid of
+    their "NAME:step_size", or else rounded to that of the largest in each filter. grids: {name:
+    (bits, zero_point)} of inputs, whose scale is "NAME:input_step_size", or measured in each batch
+    without one. Raises ValueError at a NaN, where 1 bit is not enough, and for bits that cannot be;
+    KeyError.
+    """
+    grids = grids or {}
+    own = {name: w for name, w in params.items() if ":" not in name}
+    check_names(own, [*bits, *grids])
+    packed = {}
+    for name, w in own.items():
+        if torch.is_tensor(w):
+            w = w.detach()
+        packed[name] = w
+        if isinstance(w, (Packed, FoldedNorm)):
+            continue
+        plain, shift = w, None
+        if isinstance(w, Shifted):
+            plain, shift = w.weight, w.shift
+        check_no_nan(name, plain)
+        check_bits(name, bits.get(name, 32), grids.get(name))
+        if bits.get(name, 32) <= 8:
+            packed[name] = pack_weight(name, plain, shift, bits[name], grids.get(name), params)
+    return packed
+
+
+def check_bits(name, bits, grid):
+    """Raises ValueError for bits of a weight and the grid of its layer's input that cannot be."""
+    if bits not in (*range(1, 9), 16, 32) or (grid and grid[0] not in range(1, 9)):
+        raise ValueError(
+            f"{name}: bits of weights (16 and 32: full precision) and inputs are 1 to 8"
+        )
+    if bits > 8 and grid:
+        raise ValueError(f"{name}: integers need weights of 8 bits at most, for an input on a grid")
+
+
+def pack_weight(name, w, shift, bits, grid, params):
+    """The Packed of a weight, float (out, ...). params: where its learned step sizes are."""
+    top = max(1, 2 ** (bits - 1) - 1)
+    scale = params.get(f"{name}:step_size")
+    if scale is None:
+        scale = w.abs().flatten(1).amax(1) / top
+    scale = scale.flatten().expand(len(w)).float().contiguous()
+
+    if bits == 1:
+        signs = binarize(w)
+        if (signs * per_filter(scale, w.ndim) != w).any():
+            raise ValueError(
+                f"{name}: its filters have more than two values, 1 bit does not hold them"
+            )
+        q = (signs + 1) / 2
+    else:
+        unit = torch.where(scale == 0, 1.0, scale)  # of a filter of zeros
+        q = (w / per_filter(unit, w.ndim)).round().clamp(-top - 1, top) + 2 ** (bits - 1)
+
+    input_scale = params.get(f"{name}:input_step_size")
+    if input_scale is not None:
+        input_scale = input_scale.item()
+    return Packed(pack_bits(q, bits), bits, tuple(w.shape), scale, shift, grid, input_scale)
+
 
 def scale_and_shift(model, params, buffers):
-    """(params, buffers) with each batch norm as two vectors, its weight the scale, its bias the shift."""
-    params, buffers = dict(params), dict(buffers)
-    for k, m in _norms(model).items():
-        if m.affine:
-            if f"{k}.weight" not in params or f"{k}.bias" not in params:
-                raise ValueError(f"{k}: shares its weight with another batch norm, of other statistics")
-            scale = params[f"{k}.weight"] / (buffers[f"{k}.running_var"] + m.eps).sqrt()
-            params[f"{k}.bias"] = params[f"{k}.bias"] - buffers[f"{k}.running_mean"] * scale
-            params[f"{k}.weight"] = scale
-    return params, {**buffers, **_constants(model, buffers)}
+    """(params, buffers) with each batch norm as two vectors: weight the scale, bias the shift.
 
-def _constants(model, like=None):
-    """The statistics that scale_and_shift leaves of batch norms: constants, in like's dtype and place."""
+    Raises ValueError for batch norms that share a weight.
+    """
+    params = dict(params)
+    for name, norm in batch_norms(model).items():
+        if not norm.affine:
+            continue
+        if f"{name}.weight" not in params or f"{name}.bias" not in params:
+            raise ValueError(
+                f"{name}: shares its weight with another batch norm, of other statistics"
+            )
+        deviation = (buffers[f"{name}.running_var"] + norm.eps).sqrt()
+        scale = params[f"{name}.weight"] / deviation
+        shift = params[f"{name}.bias"] - buffers[f"{name}.running_mean"] * scale
+        params[f"{name}.weight"] = scale
+        params[f"{name}.bias"] = shift
+    return params, {**buffers, **neutral_statistics(model, buffers)}
+
+
+def neutral_statistics(model, like=None):
+    """The statistics that scale_and_shift leaves: with them a batch norm only scales and shifts."""
     like = like or dict(model.named_buffers())
-    values = lambda eps: {"running_mean": 0, "running_var": 1 - eps, "num_batches_tracked": 0}
-    return {f"{k}.{name}": torch.full_like(like[f"{k}.{name}"], value) for k, m in _norms(model).items()
-            if m.affine for name, value in values(m.eps).items()}
+    neutral = {}
+    for name, norm in batch_norms(model).items():
+        if not norm.affine:
+            continue
+        values = {"running_mean": 0, "running_var": 1 - norm.eps, "num_batches_tracked": 0}
+        for key, value in values.items():
+            neutral[f"{name}.{key}"] = torch.full_like(like[f"{name}.{key}"], value)
+    return neutral
+
 
 def fold_pairs(model):
-    """The batch norms that stand right behind a layer: {norm: layer}; none if torch.fx cannot trace it."""
+    """The batch norms that stand right behind a layer of their own: {norm: layer}.
+
+    Only what torch.fx shows: {} for a model that it cannot trace.
+    """
     try:
-        nodes = torch.fx.symbolic_trace(copy.deepcopy(model).eval()).graph.nodes
-    except Exception:   # of the user's code, which tracing runs
+        graph = torch.fx.symbolic_trace(copy.deepcopy(model).eval()).graph
+    except Exception:  # of the user's code, which tracing runs
         return {}
-    called = [n.target for n in nodes if n.op == "call_module"]
-    layers = {k: m for k, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    norms = {k for k, m in _norms(model).items() if m.affine}
-    alone = lambda n, kind: n.op == "call_module" and n.target in kind and called.count(n.target) == 1
-    pairs = [(n, n.args[0]) for n in nodes if alone(n, norms) and n.args and alone(n.args[0], layers)]
-    owners = [id(t) for m in model.modules() for t in m.parameters(recurse=False)]
-    read = {n.target.rpartition(".")[0] for n in nodes if n.op == "get_attr"}   # its weight, beside the call
-    own = lambda layer: layer.target not in read and all(
-        owners.count(id(t)) == 1 for t in layers[layer.target].parameters())
-    return {norm.target: layer.target for norm, layer in pairs if len(layer.users) == 1 and own(layer)}
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            layers[name] = module
+    norms = [name for name, norm in batch_norms(model).items() if norm.affine]
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    read_elsewhere = {
+        node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"
+    }
+    owners = []
+    for module in model.modules():
+        owners += [id(p) for p in module.parameters(recurse=False)]
+
+    def is_single_call(node, kind):
+        called = isinstance(node, torch.fx.Node) and node.op == "call_module"
+        return called and node.target in kind and calls.count(node.target) == 1
+
+    def is_unshared(layer):
+        shared = [p for p in layers[layer].parameters() if owners.count(id(p)) > 1]
+        return not shared and layer not in read_elsewhere
+
+    pairs = {}
+    for node in graph.nodes:
+        if not is_single_call(node, norms) or not node.args:
+            continue
+        layer = node.args[0]
+        if is_single_call(layer, layers) and len(layer.users) == 1 and is_unshared(layer.target):
+            pairs[node.target] = layer.target
+    return pairs
+
 
 def fold(params, pairs):
-    """The params, as scale_and_shift leaves them, with batch norms folded into layers: pairs {norm: layer}.
-    The layer's weight (and "NAME:step") is multiplied by the scale; the shift goes to its bias, or to an
-    entry "NAME:shift" for pack. Not for +-1 weights, which would be no more. Raises KeyError."""
+    """The params, as scale_and_shift leaves them, with batch norms folded into layers.
+
+    pairs: {norm: layer}. A layer's weight, and its "NAME:step_size", is multiplied by the scale.
+    The shift goes to its bias, or, where it has none, beside its weight: a Shifted. Not for +-1
+    weights, which would be no more. Raises KeyError for names that are not in params.
+    """
     params = dict(params)
     for norm, layer in pairs.items():
-        name, bias = f"{layer}.weight", f"{layer}.bias"
-        _known(params, [name, f"{norm}.weight"])
+        name = f"{layer}.weight"
+        check_names(params, [name, f"{norm}.weight"])
         scale, shift = params[f"{norm}.weight"], params[f"{norm}.bias"]
-        by_filter, gone = _by_filter(scale, params[name].ndim), deploy(shape=tuple(scale.shape))
-        params |= {k: params[k] * by_filter for k in (name, f"{name}:step") if k in params}
-        params |= {bias: params[bias] * scale + shift} if bias in params else {f"{name}:shift": shift}
-        params |= {f"{norm}.weight": gone, f"{norm}.bias": gone}
+        by_filter = per_filter(scale, params[name].ndim)
+        for key in (name, f"{name}:step_size"):
+            if key in params:
+                params[key] = params[key] * by_filter
+        if f"{layer}.bias" in params:
+            params[f"{layer}.bias"] = params[f"{layer}.bias"] * scale + shift
+        else:
+            params[name] = Shifted(params[name], shift)
+        params[f"{norm}.weight"] = FoldedNorm(tuple(scale.shape))
+        params[f"{norm}.bias"] = FoldedNorm(tuple(scale.shape))
     return params
 
-# ---- 10. Cost and scores: counted on the network and its tensors as they are ----
-_FREE = ("view", "clone", "alias", "getitem", "empty", "permute", "aten.t.", "transpose", "expand", "slice",
-         "select", "pad", "detach", "squeeze", "cat.", "copy", "reshape", "split", "full", "zeros", "arange")
-_PRODUCTS = {"aten.convolution.default": 1, "aten.addmm.default": 2, "aten.mm.default": 1,
-             "aten.bmm.default": 1}   # of matrices, and which argument is the weight
 
-def _row(name, t, real=32):
-    """The row of a stored tensor, see count_cost; real: the bits of inputs that are not quantized."""
-    parts = t.parts if isinstance(t, Weight) else {}
-    bits, grid, values = parts.get("bits", 8 * t.element_size()), parts.get("grid"), t.value() if parts else t
-    inputs = grid[0] if grid else bits if bits > 8 else real
-    side = sum(32 * parts[k].numel() for k in ("scale", "shift") if parts.get(k) is not None)
-    return {"layer": name, "values": values.numel(), "zeros": (values == 0).sum().item(), "w_bits": bits,
-            "side_bits": side + 32 * (parts.get("step") is not None), "a_bits": inputs, "macs": 0, "terms": 0,
-            "outputs": 0, "ops": 0}
+def deploy(model, params, buffers, bits, grids=None):
+    """The network as it is deployed: (packed params, buffers). Arguments as pack has them.
 
-_folded = lambda w: isinstance(w, Weight) and w.parts["codes"] is None   # what fold leaves of a batch norm
+    Batch norm becomes two vectors, folded into the layer before it where fold_pairs shows that to
+    be right and the layer's weights are not of 1 bit.
+    """
+    params, buffers = scale_and_shift(model, params, buffers)
+    pairs = {}
+    for norm, layer in fold_pairs(model).items():
+        if bits.get(f"{layer}.weight") != 1:
+            pairs[norm] = layer
+    return pack(fold(params, pairs), bits, grids), buffers
 
-def _operations(model, params, buffers, shape):
-    """What a forward pass of one image computes: tuples of the operation, the name of its weight, the number
-    of its outputs, of the terms of each (0 for what is no product), of the values it reads, and whether it
-    adds a bias; and the names of the weights that are given to layers. Traced on the meta device, no data."""
-    fake = {k: w if _folded(w) else torch.empty(w.shape, device="meta") for k, w in params.items()}
-    empty, layers, found = {k: b.to("meta") for k, b in buffers.items()}, set(), []
-    watched = _wrap(fake, [k for k in fake if fake[k].ndim > 1], lambda k, x: layers.add(k) or x)
-    graph = make_fx(lambda x: apply(model, watched, empty, x)[0])(torch.empty(1, *shape, device="meta"))
-    names = {id(w): k for k, w in fake.items()}
-    tensor = lambda n: getattr(graph, n.target) if n.op == "get_attr" else n.meta.get("tensor_meta")
-    free = lambda n: n.op == "call_function" and any(word in str(n.target) for word in _FREE)
-    for node in graph.graph.nodes:
-        op, name, terms, bias = str(node.target), None, 0, False
-        if node.op != "call_function" or free(node):
-            continue
-        of = node.args[0] if "convolution" in op and node.args[6] else node   # a transposed one
-        out = tensor(of if hasattr(tensor(of), "shape") else node.args[0]).shape.numel()
-        if op in _PRODUCTS:
-            weight = node.args[_PRODUCTS[op]]
-            terms = tensor(weight).shape[1:].numel() if "conv" in op else tensor(weight).shape[-2]
-            bias = node.args[2] is not None if "convolution" in op else "addmm" in op
-            while free(weight):
-                weight = weight.args[0]   # it is a view of
-            name = names.get(id(getattr(graph, str(weight.target), None)))
-        read = max([tensor(a).shape.numel() for a in node.args if hasattr(a, "meta")], default=0)
-        found.append((op, name, out, terms, read, bias))
-    return found, layers
 
-def count_cost(model, params, buffers, shape=(3, 32, 32)):
-    """What the network stores, and computes for one image of that shape: a list of rows, dicts.
-    params, buffers: as it is deployed, packed or real. layer: the weight's name, or an operation's; values
-    and zeros in it, w_bits each; side_bits: of its scales, shift and step; a_bits: of the inputs as they are
-    multiplied; macs: multiply-accumulates, terms in each of outputs sums; ops: others, an activation one a
-    value, whichever it is; rounding inputs to their grid none. Norms: two vectors."""
-    own = {k: w for k, w in params.items() if ":" not in k}
-    stored = own | {k: b for k, b in buffers.items() if k not in _constants(model) and b.ndim}
-    real = max([8 * w.element_size() for w in own.values() if not isinstance(w, Weight)], default=32)
-    rows = {k: _row(k, t, real) for k, t in stored.items() if not _folded(t)}
-    operations, layers = _operations(model, own, buffers, shape)
-    for op, name, out, terms, read, bias in operations:
-        row = rows.setdefault(name or op, _row(op, torch.empty(0)))
-        if not terms:
-            row["ops"] += 2 * out if "norm" in op else max(out, read)
-            continue
-        row |= {"macs": row["macs"] + out * terms, "terms": terms, "outputs": row["outputs"] + out}
-        parts = own[name].parts if isinstance(own.get(name), Weight) else {}
-        scaled = parts.get("scale") is not None and bool((parts["scale"] != 1).any() or parts["grid"])
-        row["ops"] += out * (scaled + (bias or parts.get("shift") is not None))
-        row["a_bits"] = row["a_bits"] if name in layers else real
-    return list(rows.values())
+def save_packed(path, model, packed, buffers, hyperparam, **meta):
+    """Writes a deployed network, as pack makes it, each weight in its own bits; atomic and sealed.
 
-def course_score(cost, credit_zeros=False):
-    """The score of IMT Atlantique's course for CIFAR-10 (ResNet-18 in fp16: 1.9895): weights over
-    5.6e6 and multiply-accumulates over 2.8e8, by bits over 32, an operation by the wider of its operands.
-    credit_zeros: zeros were pruned, and are not stored; they save no operations. Eligible at 90 %."""
-    storage = sum((r["values"] - credit_zeros * r["zeros"]) * r["w_bits"] + r["side_bits"] for r in cost)
-    operations = sum(max(r["w_bits"], r["a_bits"]) * r["macs"] for r in cost)
-    return storage / 32 / 5.6e6 + operations / 32 / 2.8e8
+    The other arguments are save_checkpoint's. Raises OSError if it cannot be written.
+    """
+    blob, index = [], {}
 
-# MicroNet's accumulator policies: the bits of an addition among the terms of a sum of products
-fp32_sums = lambda w_bits, a_bits, terms: 32
-exact_sums = lambda w_bits, a_bits, terms: w_bits + a_bits + (terms - 1).bit_length()
-adder_tree = lambda w_bits, a_bits, terms: (a_bits if w_bits == 1 else w_bits + a_bits) + 1   # on average
+    def put(value):
+        """What stands in the index for a value; a tensor's bytes go to the end of the blob."""
+        if not torch.is_tensor(value):
+            return value
+        data = value.contiguous().flatten().view(torch.uint8).cpu()
+        blob.append(data)
+        return str(value.dtype).removeprefix("torch."), list(value.shape), len(data)
 
-def micronet_score(cost, accumulator=fp32_sums, freebie=False):
-    """The score of the MicroNet challenge 2019, CIFAR-100 (WideResNet-28-10 in 32 bits: 2), from count_cost.
-    Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where zeros make that smaller, plus
-    multiplications and additions over 10.49e9 of 32 bits. Zeros are not multiplied; +-1 by a float or by +-1
-    costs 1 bit. accumulator(w_bits, a_bits, terms): of an addition. freebie: 32 bits as 16 in all else.
-    Source: the challenge's rules. Eligible at 80 %."""
-    if freebie and any(r["values"] and r["w_bits"] < 16 for r in cost):
-        raise ValueError("the freebie is for networks with nothing below 16 bits")
-    half = lambda bits: 16 if freebie and bits == 32 else bits
-    storage = operations = 0
-    for r in cost:
-        w, a, dense = half(r["w_bits"]), half(r["a_bits"]), 1 - r["zeros"] / max(1, r["values"])
-        storage += min(r["values"] * w, (r["values"] - r["zeros"]) * w + r["values"])
-        storage += r["side_bits"] * half(32) / 32
-        product = 1 if r["w_bits"] == 1 and (a == 1 or a >= 16) else max(w, a)
-        width = min(32, accumulator(r["w_bits"], r["a_bits"], r["terms"]))
-        additions = max(0, r["macs"] * dense - r["outputs"])
-        operations += r["macs"] * dense * product + additions * width + 32 * r["ops"]
-    return storage / 32 / 36.5e6 + operations / 32 / 10.49e9
+    neutral = neutral_statistics(model)
+    for name, value in {**packed, **buffers}.items():
+        constant = neutral.get(name)
+        if constant is not None and same_tensor(value.cpu(), constant.cpu()):
+            continue  # load_packed makes it again
+        index[name] = {key: put(part) for key, part in file_parts(value).items()}
+    save_checkpoint(path, {"blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
 
-# ---- 11. Checkpoints: a file that torch.load reads, sealed with a checksum over every byte ----
-_SEAL = b"bcq-seal"   # and the SHA-256: the comment at the end of the zip archive that torch.save writes
+
+def same_tensor(a, b):
+    """Whether two tensors have the same values and dtype."""
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def file_parts(value):
+    """The parts of a value of a deployed network, under the names that they have in a file."""
+    if isinstance(value, Packed):
+        parts = {"codes": value.q, "bits": value.bits, "scale": value.scale, "shift": value.shift}
+        parts.update(grid=value.grid, step=value.input_scale)
+    elif isinstance(value, Shifted):
+        bits = 8 * value.weight.element_size()
+        parts = {"codes": value.weight, "bits": bits, "shift": value.shift}
+    elif isinstance(value, FoldedNorm):
+        parts = {"codes": None}
+    else:
+        return {"tensor": value}
+    return {**parts, "shape": tuple(value.shape)}
+
+
+def from_file_parts(parts):
+    """The value of which file_parts made the parts."""
+    if "tensor" in parts:
+        return parts["tensor"]
+    shape = tuple(parts["shape"])
+    if parts["codes"] is None:
+        return FoldedNorm(shape)
+    if parts["bits"] > 8:
+        return Shifted(parts["codes"], parts["shift"])
+    return Packed(
+        parts["codes"],
+        parts["bits"],
+        shape,
+        parts["scale"],
+        parts["shift"],
+        parts["grid"],
+        parts["step"],
+    )
+
+
+def load_packed(path, build):
+    """The deployed network in a file: (model, packed params, buffers, meta).
+
+    Arguments and errors as in load_checkpoint; ValueError for a file that holds no packed network.
+    """
+    content = read_checkpoint(path)
+    if "packed" not in content:
+        raise ValueError(f"{path}: not a packed network")
+    model = construct(path, build, content.get("hyperparam"))
+    try:
+        stored = unpack_blob(content["packed"], content["net"]["blob"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path}: its index and its bits do not fit together") from None
+
+    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    tensors = {**neutral_statistics(model), **stored}
+    tensors = fit_names(tensors, {**params, **buffers}, path)
+    packed = {name: tensors[name] for name in params}
+    buffers = {name: tensors[name] for name in buffers}
+    meta = {key: v for key, v in content.items() if key not in ("net", "packed")}
+    return model, packed, buffers, meta
+
+
+def unpack_blob(index, blob):
+    """The values {name: ...} of a packed file, from its index and its bytes."""
+    position = 0
+    values = {}
+    for name, entry in index.items():
+        parts = {}
+        for key, part in entry.items():
+            if key in ("codes", "scale", "shift", "tensor") and part is not None:
+                dtype, shape, length = part
+                data = blob[position : position + length].clone()
+                position += length
+                part = data.view(getattr(torch, dtype)).view(shape)
+            parts[key] = part
+        values[name] = from_file_parts(parts)
+        check_size(values[name])
+    return values
+
+
+def check_size(value):
+    """Raises ValueError for a Packed whose bytes are not those of its shape."""
+    if isinstance(value, Packed):
+        count = torch.Size(value.shape).numel()
+        if len(value.q) != -(-count * value.bits // 8) or len(value.scale) != value.shape[0]:
+            raise ValueError("its bytes do not fit its shape")
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. Checkpoints: files in the lab's form, {"net": ..., "hyperparam": ...}, that torch.load reads.
+#     One flipped bit in such a file mostly loads silently; so it is sealed with a checksum.
+# --------------------------------------------------------------------------------------------------
+
+SEAL = (
+    b"bcq-seal"  # with a SHA-256 behind it: the comment of the zip archive that torch.save writes
+)
+
 
 def state_dict(model, params, buffers):
-    """The tensors under the names that model.load_state_dict expects: tied weights under each name."""
-    tensors, named = {**params, **buffers}, [*model.named_parameters(), *model.named_buffers()]
-    canonical = {id(t): name for name, t in reversed(named)}
-    expected = model.state_dict(keep_vars=True)
-    return {k: tensors[canonical[id(t)]] for k, t in expected.items() if id(t) in canonical}
+    """The tensors under the names that model.load_state_dict expects; tied weights under each."""
+    tensors = {**params, **buffers}
+    names_by_id = {}
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        names_by_id.setdefault(id(t), name)
+    state = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if id(t) in names_by_id:
+            state[name] = tensors[names_by_id[id(t)]]
+    return state
+
 
 def to_device(value, device):
-    """Nested dicts, lists and tuples with the tensors in them, deployed ones too, moved to the device."""
-    if isinstance(value, Weight):
-        return deploy(**to_device(value.parts, device))
+    """Nested dicts, lists and tuples with their tensors, in an OwnLayer too, on the device."""
     if torch.is_tensor(value):
         return value.to(device)
+    if isinstance(value, OwnLayer):
+        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        return type(value)(**{name: to_device(getattr(value, name), device) for name in fields})
     if isinstance(value, dict):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return type(value)(to_device(v, device) for v in value) if isinstance(value, (list, tuple)) else value
+        return {key: to_device(v, device) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([to_device(v, device) for v in value])
+    return value
+
 
 def save_checkpoint(path, net, hyperparam, **meta):
-    """Writes {'net': net, 'hyperparam': hyperparam, **meta} atomically: path is the old file or the new one.
-    net: the weights that the network computes with (for BinaryConnect +-1), from state_dict; hyperparam: the
-    constructor's arguments, a dict; meta: tensors, numbers, strings, dicts, lists. Raises OSError."""
+    """Writes {"net": net, "hyperparam": hyperparam, **meta}: path is the old file or the new one.
+
+    net: the weights that the network computes with (for BinaryConnect +-1), from state_dict;
+    hyperparam: the constructor's arguments, a dict; meta: tensors, numbers, strings, dicts, lists.
+    Raises OSError.
+    """
     stream = io.BytesIO()
-    torch.save(to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu"), stream)
-    sealed = stream.getvalue()[:-2] + struct.pack("<H", len(_SEAL) + 32) + _SEAL
+    content = {"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}
+    torch.save(to_device(content, "cpu"), stream)
+    # a zip archive ends with the length of its comment: from 0 to that of the seal and its checksum
+    sealed = stream.getvalue()[:-2] + struct.pack("<H", len(SEAL) + 32) + SEAL
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -784,150 +1599,407 @@ def save_checkpoint(path, net, hyperparam, **meta):
     finally:
         temporary.unlink(missing_ok=True)
 
+
 def read_checkpoint(path):
-    """The dict in a checkpoint file, tensors on the CPU; its checksum is verified before anything is parsed.
-    Files of others have no seal; no code in a file is ever run. Raises OSError, or ValueError if damaged."""
+    """The dict in a checkpoint file, tensors on the CPU; its checksum is verified first.
+
+    Files of others have no seal. No code in a file is ever run. Raises OSError, or ValueError if
+    damaged.
+    """
     data = Path(path).read_bytes()
-    sealed, digest, has_seal = data[:-32], data[-32:], data[:-32].endswith(_SEAL)
+    sealed, digest = data[:-32], data[-32:]
+    has_seal = sealed.endswith(SEAL)
     if has_seal and hashlib.sha256(sealed).digest() != digest:
         raise ValueError(f"{path}: damaged, its checksum does not match")
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:   # torch.load raises many kinds for a file that it cannot read
-        why = "it holds a pickled object" if "weights_only" in str(error).lower() else "damaged, or not one"
+    except Exception as error:  # torch.load raises many kinds for a file that it cannot read
+        why = "damaged, or not one"
+        if "weights_only" in str(error).lower():
+            why = "it holds a pickled object"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     if "bcq" in content and not has_seal:
         raise ValueError(f"{path}: damaged, its checksum is missing")
-    return content
+    return rename_step_sizes(content)
 
-def _fit(net, expected, path):
-    """net without the prefixes of wrappers. Raises ValueError with the keys that do not fit expected."""
-    if not isinstance(net, dict):
-        raise ValueError(f"{path}: its net is a {type(net).__name__}, not a dict of tensors")
-    def strip(name):
-        parts = name.split(".")
-        while ".".join(parts) not in expected and parts[0] in ("module", "model", "_orig_mod"):
-            parts = parts[1:] or [""]
-        return ".".join(parts) if ".".join(parts) in expected else name
-    net = {strip(str(k)): v for k, v in net.items()}
-    shape = lambda t: tuple(t.shape) if torch.is_tensor(t) else type(t).__name__
-    wrong = [f"{k} is {shape(net[k])}, expected {tuple(t.shape)}" for k, t in expected.items()
-             if k in net and shape(net[k]) != tuple(t.shape)]
-    wrong += [f"{k} is missing" for k in expected if k not in net]
-    if wrong := wrong + [f"{k} is unknown" for k in net if k not in expected]:
-        raise ValueError(f"{path}: {len(wrong)} of its keys do not fit the model: {'; '.join(wrong)}")
-    return net
 
-def _construct(path, build, hyperparam):
-    """build called with the hyperparam in a file. Raises ValueError where it does not take it."""
-    try:
-        given = [] if hyperparam is None else [hyperparam]
-        return build(**hyperparam) if isinstance(hyperparam, dict) else build(*given)
-    except Exception as error:   # of a user's own constructor
-        raise ValueError(f"{path}: the model does not take the hyperparam in the file ({error})") from None
+def rename_step_sizes(value):
+    """The content with learned step sizes under the names of now; older files say "step"."""
+    if not isinstance(value, dict):
+        return value
+    renamed = {}
+    for key, v in value.items():
+        if isinstance(key, str) and key.endswith((":step", ":input_step")):
+            key = f"{key}_size"
+        renamed[key] = rename_step_sizes(v)
+    return renamed
+
 
 def load_checkpoint(path, build):
     """The network in a file: (model, params, buffers, meta), params being what it computes with.
-    build: the constructor, called as build(**hyperparam), build(hyperparam) for a single value, or build().
-    meta: all else in the file, latent weights included. A plain state dict, or one under 'net', with the
-    prefixes of wrappers, is read too. Raises OSError, or ValueError with exactly the keys that do not fit."""
+
+    build: the constructor, called as build(**hyperparam), build(hyperparam) for a single value, or
+    build(). meta: all else in the file, latent weights included. A plain state dict, or one under
+    "net", with the prefixes of wrappers, is read too. Raises OSError, or ValueError with exactly
+    the keys that do not fit; what a constructor raises goes through.
+    """
     content = read_checkpoint(path)
-    model = _construct(path, build, content.get("hyperparam"))
-    net = _fit(content.get("net", content), model.state_dict(), path)
+    model = construct(path, build, content.get("hyperparam"))
+    net, meta = content, {}
+    if "net" in content:
+        net = content["net"]
+        meta = {key: v for key, v in content.items() if key != "net"}
+    net = fit_names(net, model.state_dict(), path)
     model.load_state_dict(net)
+
     params, buffers = split(model)
-    stored = lambda tensors: {k: net[k].clone() if k in net else t for k, t in tensors.items()}
-    meta = {k: v for k, v in content.items() if k != "net"} if "net" in content else {}
-    return model, stored(params), stored(buffers), meta
+    for tensors in (params, buffers):
+        for name in tensors:
+            if name in net:
+                tensors[name] = net[name].clone()  # in the file's dtype
+    return model, params, buffers, meta
 
-def save_packed(path, model, packed, buffers, hyperparam, **meta):
-    """Writes a deployed network, as pack makes it, with each weight in its own bits; atomic and sealed.
-    The other arguments are save_checkpoint's. Raises OSError if it cannot be written."""
-    blob, index, left_out = [], {}, _constants(model)
-    def put(t):
-        blob.append(t.contiguous().flatten().view(torch.uint8).cpu())
-        return str(t.dtype).removeprefix("torch."), list(t.shape), len(blob[-1])
-    for k, t in (packed | buffers).items():
-        if k in left_out and t.dtype == left_out[k].dtype and torch.equal(t.cpu(), left_out[k].cpu()):
-            continue
-        parts = t.parts if isinstance(t, Weight) else {"tensor": t}
-        index[k] = {n: put(v) if torch.is_tensor(v) else v for n, v in parts.items()}
-    save_checkpoint(path, {"blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
 
-def load_packed(path, build):
-    """The deployed network in a file: (model, packed params, buffers, meta).
-    Arguments and errors as in load_checkpoint; ValueError for a file that holds no packed network."""
-    content = read_checkpoint(path)
-    if "packed" not in content:
-        raise ValueError(f"{path}: not a packed network")
-    blob, at = content["net"].get("blob"), 0
-    def take(dtype, shape, length):
-        nonlocal at
-        raw, at = blob[at:at + length].clone(), at + length
-        return raw.view(getattr(torch, dtype)).view(shape)
-    def tensor(entry):
-        stored = ("codes", "scale", "shift", "tensor")
-        parts = {n: take(*v) if n in stored and v is not None else v for n, v in entry.items()}
-        return parts["tensor"] if "tensor" in parts else deploy(**parts)
-    model = _construct(path, build, content.get("hyperparam"))
-    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def construct(path, build, hyperparam):
+    """build called with the hyperparam in a file. Raises ValueError where it does not take it."""
+    args, kwargs = (), {}
+    if isinstance(hyperparam, dict):
+        kwargs = hyperparam
+    elif hyperparam is not None:
+        args = (hyperparam,)
     try:
-        tensors = _constants(model) | {k: tensor(entry) for k, entry in content["packed"].items()}
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path}: its index and its bits do not fit together") from None
-    tensors = _fit(tensors, expected, path)
-    part = lambda named: {k: tensors[k] for k, _ in named}
-    meta = {k: v for k, v in content.items() if k not in ("net", "packed")}
-    return model, part(model.named_parameters()), part(model.named_buffers()), meta
+        inspect.signature(build).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: the model does not take the file's hyperparam ({error})"
+        ) from None
+    return build(*args, **kwargs)
 
-# ---- 12. The lab's class, over the functions above ----
-class BC(nn.Module):
-    """The model with its Conv2d and Linear weights binarized on demand, in place, as in the lab:
-        bc.binarization(); criterion(bc(x), y).backward(); bc.restore(); optimizer.step(); bc.clip()
-    It is an nn.Module: .to, .parameters, .train, .eval and calling it work. saved_params: the latent weights,
-    a list of tensors in the order of target_modules, the list of weights. Both follow self.model."""
-    def __init__(self, model):
+
+def fit_names(net, expected, path):
+    """net without the prefixes of wrappers. ValueError with the keys that do not fit expected."""
+    if not isinstance(net, dict):
+        raise ValueError(f"{path}: its net is a {type(net).__name__}, not a dict of tensors")
+    found = {strip_prefixes(str(name), expected): t for name, t in net.items()}
+    wrong = []
+    for name, t in expected.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+            continue
+        shape = getattr(found[name], "shape", type(found[name]).__name__)
+        if shape != t.shape:
+            wrong.append(f"{name} is {shape_text(shape)}, expected {shape_text(t.shape)}")
+    wrong += [f"{name} is unknown" for name in found if name not in expected]
+    if wrong:
+        raise ValueError(
+            f"{path}: {len(wrong)} of its keys do not fit the model: {'; '.join(wrong)}"
+        )
+    return found
+
+
+def strip_prefixes(name, expected):
+    """The name without the prefixes of wrappers, if it is then one of those expected."""
+    rest = name
+    while rest not in expected:
+        prefix, dot, rest = rest.partition(".")
+        if not dot or prefix not in ("module", "model", "_orig_mod"):
+            return name
+    return rest
+
+
+def shape_text(shape):
+    """A shape as (8, 3, 3, 3)."""
+    if isinstance(shape, str):
+        return shape
+    return str(tuple(shape))
+
+
+# --------------------------------------------------------------------------------------------------
+# 15. Costs and scores. A score for bits, zeros or operations that are not there is the commonest
+#     mistake of the field: so all are counted on the tensors and on the operations as they are.
+#     MACs are multiply-accumulates: two operations.
+# --------------------------------------------------------------------------------------------------
+
+# Operations by their exact names in torch.ops.aten. Products, with which argument is the weight:
+PRODUCTS = {"convolution": 1, "addmm": 2, "mm": 1, "bmm": 1, "baddbmm": 2, "mv": 0, "addmv": 1}
+PRODUCTS |= {"dot": 1}
+# What moves values and computes none:
+MOVES = {"_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "reshape", "select"}
+MOVES |= {"slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze"}
+MOVES |= {"unfold", "view", "_to_copy", "cat", "clone", "constant_pad_nd", "copy", "flip"}
+MOVES |= {"lift_fresh", "lift_fresh_copy", "reflection_pad2d", "repeat", "replication_pad2d"}
+MOVES |= {"select_scatter", "slice_scatter", "stack", "arange", "empty", "empty_like", "full"}
+MOVES |= {"full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones", "ones_like"}
+MOVES |= {"zeros_like"}
+MOVES |= {"scalar_tensor", "zeros", "zero", "fill", "_local_scalar_dense", "index", "gather"}
+MOVES |= {"index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "roll", "tril", "triu"}
+# Two operations a value:
+NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"}
+NORMS |= {"cudnn_batch_norm", "_batch_norm_no_update", "native_layer_norm", "native_group_norm"}
+
+
+@dataclass
+class Cost:
+    """What a network stores under a name, and computes with it for one image."""
+
+    layer: str  # the weight's name, or an operation's
+    values: int = 0
+    zeros: int = 0
+    w_bits: int = 32  # of each value
+    side_bits: int = 0  # of its scales, its shift and its input's scale, in all
+    a_bits: int = 32  # of the inputs, as they are multiplied
+    macs: int = 0
+    terms: int = 0  # of each sum
+    outputs: int = 0  # how many sums
+    ops: int = 0  # other operations
+
+
+class Operation(NamedTuple):
+    """An operation of the forward pass of one image."""
+
+    name: str
+    weight: str | None  # the name of the weight that it multiplies by
+    outputs: int
+    terms: int  # of each output's sum of products; 0 for what is no product
+    reads: int  # the values of its largest input
+    has_bias: bool
+
+
+def stored_cost(name, w, full_bits):
+    """The Cost of a stored tensor or OwnLayer. full_bits: of inputs without a grid."""
+    cost = Cost(name, a_bits=full_bits)
+    plain = w
+    if isinstance(w, OwnLayer):
+        plain = w.dequantize()
+    cost.values = plain.numel()
+    cost.zeros = (plain == 0).sum().item()
+
+    cost.w_bits = 8 * plain.element_size()
+    if cost.w_bits > 8:
+        cost.a_bits = cost.w_bits
+    if isinstance(w, Packed):
+        cost.w_bits = w.bits
+        cost.a_bits = full_bits
+        if w.grid is not None:
+            cost.a_bits = w.grid[0]
+        cost.side_bits += 32 * w.scale.numel()
+        if w.input_scale is not None:
+            cost.side_bits += 32
+    if isinstance(w, (Packed, Shifted)) and w.shift is not None:
+        cost.side_bits += 32 * w.shift.numel()
+    return cost
+
+
+class OperationCounter(TorchDispatchMode):
+    """While it lasts, records each Operation that is computed.
+
+    weights: {name: tensor}; a product by one of them, or by a view or a copy of it, has its name.
+    """
+
+    def __init__(self, weights):
         super().__init__()
-        self.model = model
-        self.names = quantizable(model)
-        self._binary = None
-        self.save_params()
-    @property
-    def target_modules(self):
-        return [self.model.get_parameter(name) for name in self.names]
-    @torch.no_grad()
-    def _write(self, tensors):
-        for weight, tensor in zip(self.target_modules, tensors):
-            weight.copy_(tensor)   # inside no_grad, yet autograd counts the write: a later backward() raises
-    def _check_unchanged(self):
-        pairs = zip(self.target_modules, self._binary or [])
-        if not all(torch.equal(w, b.to(w.device)) for w, b in pairs):
-            raise RuntimeError("the weights were changed between binarization() and restore(); that would be "
-                               "lost: call optimizer.step() after restore()")
-    def save_params(self):
-        """Saves the latent weights; while the model is binary they are saved already, and are kept."""
-        if not self._binary:
-            self.saved_params = [w.detach().clone() for w in self.target_modules]
-    def binarization(self):
-        """Saves the latent weights and writes their signs into the model."""
-        self._check_unchanged()
-        self.save_params()
-        latent = dict(zip(self.names, self.saved_params))
-        self._binary = list(quantize_params(latent, self.names, binarize).values())
-        self._write(self._binary)
-    def restore(self):
-        """Writes the latent weights back. Raises RuntimeError if a step changed the weights in between."""
-        self._check_unchanged()
-        if self._binary:
-            self._write(self.saved_params)
-            self._binary = None
-    def clip(self):
-        """Clips the latent weights to [-1, 1]. Raises RuntimeError while the model is binary."""
-        if self._binary:
-            raise RuntimeError("the model is binary: call restore() and optimizer.step() before clip()")
-        latent = {name: w.detach() for name, w in zip(self.names, self.target_modules)}
-        self._write(clip_params(latent, self.names).values())
-    def forward(self, *inputs):
-        return self.model(*inputs)
+        self.operations = []
+        self.names = {}  # of weights, by where their values are stored
+        for name, w in weights.items():
+            self.names[w.untyped_storage().data_ptr()] = name
+        self.kept = []  # copies of weights: their place is not to be given to others
+
+    def weight_name(self, t):
+        """The name of the weight whose values a tensor has, or None."""
+        return self.names.get(t.untyped_storage().data_ptr())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__.removesuffix("_")  # in place or not
+        inputs = [leaf for leaf in tree_leaves(args) if torch.is_tensor(leaf)]
+        outputs = [leaf for leaf in tree_leaves(out) if torch.is_tensor(leaf)]
+        if name in MOVES:
+            if inputs and outputs and self.weight_name(inputs[0]):  # a copy of a weight
+                self.names[outputs[0].untyped_storage().data_ptr()] = self.weight_name(inputs[0])
+                self.kept.append(outputs[0])
+        elif name in PRODUCTS:
+            self.operations.append(self.product(function, name, args, out))
+        elif outputs:
+            self.operations.append(other_operation(function, name, inputs, outputs))
+        return out
+
+    def product(self, function, name, args, out):
+        """The Operation of a product by a weight, see PRODUCTS."""
+        weight = args[PRODUCTS[name]]
+        has_bias = name in ("addmm", "baddbmm", "addmv")
+        if name == "convolution":
+            terms = weight.shape[1:].numel()
+            has_bias = args[2] is not None
+            if args[6]:  # a transposed one: each of its inputs is multiplied by so many weights
+                out = args[0]
+        elif name in ("mv", "addmv", "dot"):
+            terms = weight.shape[-1]
+        else:
+            terms = weight.shape[-2]
+        return Operation(str(function), self.weight_name(weight), out.numel(), terms, 0, has_bias)
+
+
+def other_operation(function, name, inputs, outputs):
+    """The Operation of what is no product. Raises ValueError for what might be one."""
+    factors = [t for t in inputs if t.is_floating_point() and t.ndim > 0]
+    if len(factors) > 1 and torch.Tag.pointwise not in function.tags and name not in NORMS:
+        raise ValueError(f"cannot count {function}: it may be a product, of how many terms?")
+    reads = max([t.numel() for t in inputs], default=0)
+    return Operation(str(function), None, outputs[0].numel(), 0, reads, False)
+
+
+def count_operations(model, params, buffers, x):
+    """What a forward pass of x computes: (a list of Operation, the names of layers' weights).
+
+    params: without the entries that have a colon. Raises ValueError for what cannot be counted.
+    """
+    layers = set()
+
+    def watcher(name):
+        def watch(x):
+            layers.add(name)
+            return x
+
+        return watch
+
+    watched, weights = {}, {}
+    for name, w in params.items():
+        watched[name] = w
+        if isinstance(w, FoldedNorm):
+            continue
+        plain = w
+        if isinstance(w, OwnLayer):
+            plain = w.dequantize()
+        if plain.is_floating_point():
+            plain = plain.detach().float()
+        weights[name] = watched[name] = plain
+        if plain.ndim > 1:
+            watched[name] = QuantizedInput(plain, watcher(name))
+    buffers = to_dtype(buffers, torch.float32)
+    # MATH: attention as the products that it is made of, not as one operation
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), OperationCounter(weights) as counter:
+        apply(model, watched, buffers, x)
+    return counter.operations, layers
+
+
+def count_cost(model, params, buffers, shape=(3, 32, 32), x=None):
+    """What the network stores, and computes for one image of that shape: a list of Cost.
+
+    params, buffers: as it is deployed, packed or in full precision. x: the input to count for, as
+    apply takes it, where it is no image; without it an image of zeros. An activation counts as one
+    operation a value, whichever it is; a norm as two; rounding inputs to their grid as none. Raises
+    ValueError, with its name, for an operation that cannot be counted.
+    """
+    if x is None:
+        x = torch.zeros(1, *shape)
+    own = {name: w for name, w in params.items() if ":" not in name}
+    plain_bits = [8 * w.element_size() for w in own.values() if torch.is_tensor(w)]
+    full_bits = max(plain_bits, default=32)
+
+    rows = {}
+    for name, w in own.items():
+        if not isinstance(w, FoldedNorm):
+            rows[name] = stored_cost(name, w, full_bits)
+    neutral = neutral_statistics(model)
+    for name, b in buffers.items():
+        if name not in neutral and b.ndim > 0:
+            rows[name] = stored_cost(name, b, full_bits)
+
+    operations, layers = count_operations(model, own, buffers, x)
+    for operation in operations:
+        key = operation.weight or operation.name
+        row = rows.setdefault(key, Cost(key, a_bits=full_bits))
+        if operation.terms == 0:
+            each = max(operation.outputs, operation.reads)
+            if key.split(".")[1] in NORMS:
+                each = 2 * operation.outputs
+            row.ops += each
+            continue
+        row.macs += operation.outputs * operation.terms
+        row.terms = operation.terms
+        row.outputs += operation.outputs
+        w = own.get(operation.weight)
+        if is_scaled(w):
+            row.ops += operation.outputs
+        if operation.has_bias or getattr(w, "shift", None) is not None:
+            row.ops += operation.outputs
+        if operation.weight not in layers:  # it computes in a way that no grid of inputs reaches
+            row.a_bits = full_bits
+    return list(rows.values())
+
+
+def is_scaled(w):
+    """Whether the sums of a deployed weight are multiplied by a scale that is not 1."""
+    if not isinstance(w, Packed):
+        return False
+    return w.grid is not None or bool((w.scale != 1).any())
+
+
+def course_score(cost, credit_zeros=False):
+    """The score of IMT Atlantique's course for CIFAR-10; ResNet-18 in fp16 has 1.9895.
+
+    Eligible at 90 %. Weights over 5.6e6, each of its bits over 32, plus MACs over 2.8e8, each of
+    the wider operand's bits over 32. credit_zeros: zeros are pruned weights, not stored; they save
+    no operations.
+    """
+    storage = operations = 0
+    for row in cost:
+        stored = row.values
+        if credit_zeros:
+            stored -= row.zeros
+        storage += stored * row.w_bits + row.side_bits
+        operations += row.macs * max(row.w_bits, row.a_bits)
+    return storage / 32 / 5.6e6 + operations / 32 / 2.8e8
+
+
+def fp32_sums(w_bits, a_bits, terms):
+    """The bits of an addition in a sum of products: MicroNet's rule unless another is simulated."""
+    return 32
+
+
+def exact_sums(w_bits, a_bits, terms):
+    """The bits of an addition in a sum of products: such that no sum of so many terms overflows."""
+    return w_bits + a_bits + (terms - 1).bit_length()
+
+
+def adder_tree(w_bits, a_bits, terms):
+    """The bits of an addition in a sum of products: those of a tree of adders, on average."""
+    if w_bits == 1:
+        return a_bits + 1
+    return w_bits + a_bits + 1
+
+
+def micronet_score(cost, accumulator=fp32_sums, freebie=False):
+    """The score of the MicroNet challenge 2019, CIFAR-100; WideResNet-28-10 has 2.
+
+    Eligible at 80 %. Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where
+    zeros make that smaller, plus multiplications and additions over 10.49e9 of 32 bits. Zeros are
+    not multiplied; +-1 by a float or by +-1 costs 1 bit. accumulator(w_bits, a_bits, terms): of an
+    addition. freebie: 32 bits count as 16 in all but additions; ValueError where there are fewer
+    than 16. Source: the challenge's rules.
+    """
+    if freebie and any(row.values and row.w_bits < 16 for row in cost):
+        raise ValueError("the freebie is for networks with nothing below 16 bits")
+
+    def counted(bits):
+        if freebie and bits == 32:
+            return 16
+        return bits
+
+    storage = operations = 0
+    for row in cost:
+        w_bits, a_bits = counted(row.w_bits), counted(row.a_bits)
+        kept = row.values - row.zeros
+        storage += min(row.values * w_bits, kept * w_bits + row.values)
+        storage += row.side_bits * counted(32) / 32
+
+        product_bits = max(w_bits, a_bits)
+        if row.w_bits == 1 and (a_bits == 1 or a_bits >= 16):
+            product_bits = 1
+        macs = row.macs * (1 - row.zeros / max(1, row.values))
+        additions = max(0, macs - row.outputs)
+        addition_bits = min(32, accumulator(row.w_bits, row.a_bits, row.terms))
+        operations += macs * product_bits + additions * addition_bits + 32 * row.ops
+    return storage / 32 / 36.5e6 + operations / 32 / 10.49e9
