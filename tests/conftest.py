@@ -1,55 +1,97 @@
-"""Small networks and data that the tests share; the repository's top level on the path."""
+"""The settings and fixtures of the tests: which are slow, and what they draw or train once for all.
 
+python -m pytest -q tests            all but the slow ones, in under two minutes
+python -m pytest -q tests --slow     all
+"""
+
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-class Small(nn.Module):
-    """Three layers that hold everything a training step meets: conv, batch norm, bias, linear."""
-    def __init__(self, classes=4, width=8):
-        super().__init__()
-        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.hidden = nn.Linear(width * 4, 16)
-        self.norm_hidden = nn.BatchNorm1d(16)
-        self.out = nn.Linear(16, classes)
-
-    def forward(self, x):
-        x = torch.relu(self.norm(nn.functional.avg_pool2d(self.conv(x), 4)))
-        return self.out(torch.relu(self.norm_hidden(self.hidden(x.flatten(1)))))
+import helpers  # noqa: E402
+import run  # noqa: E402
 
 
-def batch(seed, n=16, classes=4):
-    """Random images of 8x8 and labels."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 8, 8, generator=draw), torch.randint(0, classes, (n, ), generator=draw)
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow tests too")
 
 
-def same(a, b):
-    """Whether two nested structures of tensors are bitwise equal."""
-    if torch.is_tensor(a):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def pytest_configure(config):
+    about = "slow by nature: several processes, compilation, whole networks; run with --slow"
+    config.addinivalue_line("markers", f"slow: {about}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the slow tests out without --slow; pytest says how many were deselected."""
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture(autouse=True)
-def numbers_of_its_own(request):
-    """The module's generator G anew: a test draws the same numbers alone and among others."""
-    if hasattr(request.module, "G"):
-        request.module.G.manual_seed(0)
+def numbers_and_a_folder_of_its_own(tmp_path, monkeypatch):
+    """A test draws the same numbers alone and among others, and leaves no file where it is run."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+
+
+@functools.cache
+def fewer_shapes():
+    data = {"name": "shapes", "classes": run.SHAPES}
+    for split, count in (("train", 1200), ("test", 400)):
+        generator = torch.Generator().manual_seed(count)
+        data[f"{split}_x"], data[f"{split}_y"] = run.draw_shapes(count, generator)
+    return data
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quicker_command_line():
+    """The command line has 1,600 shapes for 24,000, drawn once, draws no pictures, and takes no
+    time; helpers.py has the functions as they are, for the tests of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_shapes", lambda: dict(fewer_shapes()))
+        patch.setattr(run, "draw_report", lambda path, job, state: None)
+        patch.setattr(run, "draw_sweep", lambda path, rows: None)
+        patch.setattr(run, "measure_latency", lambda net, data, count: count / 1000)
+        yield
 
 
 @pytest.fixture
 def small():
-    torch.manual_seed(0)
-    return Small()
+    return helpers.Small()
+
+
+@pytest.fixture(scope="session")
+def bc_run(tmp_path_factory):
+    """A run of two epochs of BinaryConnect, with its report: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("bc") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "draw_report", helpers.DRAW_REPORT)
+        printed = helpers.succeed(*helpers.TINY, "--mode", "bc", "--epochs", 2, "--out", folder)
+    return folder, printed
+
+
+@pytest.fixture(scope="session")
+def fp32_run(tmp_path_factory):
+    """An ordinary network trained for two epochs: its folder."""
+    folder = tmp_path_factory.mktemp("fp32") / "run"
+    helpers.succeed(*helpers.TINY, "--mode", "fp32", "--epochs", 2, "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["bwn", "bwn-he", "xnor", "ternary", "lsq"])
+def method_run(request, fp32_run, tmp_path_factory):
+    """A network trained by each of the other methods for an epoch: the mode, its folder."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    words = ["--mode", request.param, "--epochs", 1, "--out", folder]
+    if request.param == "lsq":
+        words += ["--init", fp32_run / "model.pth"]
+    helpers.succeed(*helpers.TINY, *words)
+    return request.param, folder

@@ -1,139 +1,183 @@
-"""Pure optimizers against torch.optim's own, and the schedules: section 6 of bcq.py."""
+"""Pure optimizers against torch.optim's own, and Muon against its definition."""
 
 import copy
 import math
 
 import pytest
 import torch
-from conftest import same
+from helpers import same
 
 import bcq
-import run as command_line
 
-SHAPES = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12), "bias": (8, )}
+SHAPES = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12), "bias": (8,)}
 
 
-def run(pair, torch_optimizer, shapes, steps=20, lr=0.05):
+def random_dict(shapes):
+    return {k: torch.randn(shape) for k, shape in shapes.items()}
+
+
+def both(optimizer, torch_optimizer, shapes, steps=20, lr=0.05):
     """The params after steps of a pure optimizer and of torch's, on the same random gradients."""
-    draw = torch.Generator().manual_seed(0)
-    params = {k: torch.randn(s, generator=draw) for k, s in shapes.items()}
+    params = random_dict(shapes)
     theirs = {k: p.clone().requires_grad_() for k, p in params.items()}
-    optimizer = torch_optimizer(list(theirs.values()), lr)
-    init, update = pair
-    state = init(params)
+    in_place = torch_optimizer(list(theirs.values()), lr)
+    state = optimizer.init(params)
     for _ in range(steps):
-        grads = {k: torch.randn(s, generator=draw) for k, s in shapes.items()}
+        grads = random_dict(shapes)
         for k, p in theirs.items():
             p.grad = grads[k].clone()
-        optimizer.step()
-        deltas, state = update(grads, state, params, torch.tensor(lr))
-        params = {k: params[k] + deltas[k] for k in params}
+        in_place.step()
+        updates, state = optimizer.update(grads, state, params, torch.tensor(lr))
+        params = {k: params[k] + updates[k] for k in params}
     return params, {k: p.detach() for k, p in theirs.items()}
 
 
-@pytest.mark.parametrize("options",
-                         [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True},
-                          {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"weight_decay": 0.1}])
+# --- the usual ones ---
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"weight_decay": 0.1},
+    ],
+)
 def test_sgd_takes_the_steps_of_torch_optim_sgd(options):
-    ours, theirs = run(bcq.sgd(**options), lambda p, lr: torch.optim.SGD(p, lr, **options), SHAPES)
+    def torch_sgd(params, lr):
+        return torch.optim.SGD(params, lr, **options)
+
+    ours, theirs = both(bcq.sgd(**options), torch_sgd, SHAPES)
     for k in SHAPES:
         torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)
 
 
-def test_adam_takes_the_steps_of_torch_optim_adam():
-    ours, theirs = run(bcq.adam(), lambda p, lr: torch.optim.Adam(p, lr), SHAPES)
+@pytest.mark.parametrize("beta1, beta2, eps", [(0.9, 0.999, 1e-8), (0.5, 0.9, 1e-3)])
+def test_adam_takes_the_steps_of_torch_optim_adam(beta1, beta2, eps):
+    def torch_adam(params, lr):
+        return torch.optim.Adam(params, lr, betas=(beta1, beta2), eps=eps)
+
+    ours, theirs = both(bcq.adam(beta1, beta2, eps), torch_adam, SHAPES)
     for k in SHAPES:
         torch.testing.assert_close(ours[k], theirs[k], rtol=1e-5, atol=1e-6)
+
+
+# --- Muon ---
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_muon_takes_the_steps_of_torch_optim_muon_on_matrices(nesterov):
+    def torch_muon(params, lr):
+        options = {"weight_decay": 0.0, "momentum": 0.9, "nesterov": nesterov}
+        return torch.optim.Muon(params, lr, **options)
+
     matrices = {k: SHAPES[k] for k in ("tall", "wide")}
-    ours, theirs = run(
-        bcq.muon(0.9, nesterov),
-        lambda p, lr: torch.optim.Muon(p, lr, weight_decay=0.0, momentum=0.9, nesterov=nesterov), matrices)
+    ours, theirs = both(bcq.muon(0.9, nesterov), torch_muon, matrices)
     for k in matrices:
-        torch.testing.assert_close(ours[k], theirs[k], rtol=0,
-                                   atol=0.02 * 0.05 * 20)  # bfloat16 inside, 20 steps of 0.05
+        moved_by = 20 * 0.05  # 20 steps of 0.05, bfloat16 inside
+        torch.testing.assert_close(ours[k], theirs[k], rtol=0, atol=0.02 * moved_by)
 
 
-def test_muon_takes_a_convolution_as_the_matrix_out_by_in_times_k_times_k():
-    conv, _ = run(bcq.muon(), lambda p, lr: torch.optim.SGD(p, lr), {"w": (8, 3, 3, 3)})
-    flat, _ = run(bcq.muon(), lambda p, lr: torch.optim.SGD(p, lr), {"w": (8, 27)})
-    assert torch.equal(conv["w"].flatten(1), flat["w"])
-
-
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (20, 20), (3, 8, 27), (2, 3, 27, 8)])
-def test_orthogonalize_keeps_the_singular_vectors_and_brings_the_singular_values_near_one(shape):
-    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    x = bcq.orthogonalize(g)
-    assert x.shape == g.shape
-    for before, after in zip(g.view(-1, *shape[-2:]), x.view(-1, *shape[-2:])):
-        u, _, v = torch.linalg.svd(before, full_matrices=False)
-        core = u.T @ after @ v.T
-        assert core.diagonal().min() > 0.6 and core.diagonal().max() < 1.3
-        assert (core - core.diagonal().diag()).abs().max() < 0.1
-
-
-@pytest.mark.parametrize("dtype, error",
-                         [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_orthogonalize_maps_each_singular_value_by_the_quintic_in_the_dtype_given(dtype, error):
-    g = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u, s, v = torch.linalg.svd(g, full_matrices=False)
-    s = s / s.norm()
-    for _ in range(5):
+def quintic(s, steps=5):
+    """What Newton-Schulz does to each singular value of a matrix of norm 1."""
+    for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    found = bcq.orthogonalize(g, 5, dtype)
+    return s
+
+
+def newton_schulz_by_svd(g):
+    """The iteration by its definition, on singular values, in float64."""
+    u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+    return u @ quintic(s / s.norm()).diag() @ v
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_its_definition_on_matrices_and_on_convolutions_as_out_by_in_k_k(nesterov):
+    shapes = {"conv": (8, 3, 3, 3), "tall": (12, 5), "wide": (5, 12)}
+    params, momentum = random_dict(shapes), {k: torch.zeros(s) for k, s in shapes.items()}
+    optimizer = bcq.muon(0.9, nesterov, dtype=torch.float32)
+    state = optimizer.init(params)
+    for _ in range(3):
+        grads = random_dict(shapes)
+        updates, state = optimizer.update(grads, state, params, 0.1)
+        for k, g in grads.items():
+            momentum[k] = 0.9 * momentum[k] + 0.1 * g
+            direction = 0.9 * momentum[k] + 0.1 * g if nesterov else momentum[k]
+            matrix = direction.flatten(1)
+            scale = max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            expected = -0.1 * scale * newton_schulz_by_svd(matrix)
+            torch.testing.assert_close(
+                updates[k].flatten(1).double(), expected, rtol=1e-3, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (20, 20), (8, 27)])
+def test_newton_schulz_keeps_the_singular_vectors_and_brings_the_singular_values_near_one(shape):
+    g = torch.randn(shape)
+    x = bcq.newton_schulz(g)
+    assert x.shape == g.shape
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    core = u.T @ x @ v.T
+    assert core.diagonal().min() > 0.6 and core.diagonal().max() < 1.3
+    assert (core - core.diagonal().diag()).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.bfloat16, 0.1)]
+)
+def test_newton_schulz_maps_each_singular_value_by_the_quintic_in_the_dtype_given(dtype, error):
+    g = torch.randn(12, 30, dtype=torch.float64)
+    found = bcq.newton_schulz(g, 5, dtype)
     assert found.dtype == torch.float64
-    assert (found - u @ s.diag() @ v).abs().max() < error
+    assert (found - newton_schulz_by_svd(g)).abs().max() < error
 
 
-def test_muon_orthogonalizes_layers_of_one_shape_together_and_moves_each_as_if_it_were_alone(monkeypatch):
-    draw = torch.Generator().manual_seed(0)
+def test_muon_moves_each_layer_as_if_it_were_alone():
     shapes = {"a": (8, 3, 3, 3), "b": (5, 40), "c": (8, 27), "d": (8, 3, 3, 3), "e": (40, 5)}
-    params, grads = ({k: torch.randn(s, generator=draw) for k, s in shapes.items()} for _ in range(2))
-    init, update = bcq.muon(0.9, dtype=torch.float32)
-    alone = {k: update({k: g}, init({k: g}), {k: params[k]}, 0.1)[0][k] for k, g in grads.items()}
-    stacks, orthogonalize = [], bcq.orthogonalize
-    monkeypatch.setattr(bcq, "orthogonalize", lambda g, *more: stacks.append(g) or orthogonalize(g, *more))
-    deltas, _ = update(grads, init(params), params, 0.1)
-    assert sorted(tuple(g.shape) for g in stacks) == [(1, 5, 40), (1, 40, 5), (3, 8, 27)]
-    assert list(deltas) == list(grads)
-    for k, delta in deltas.items():
-        torch.testing.assert_close(delta, alone[k], rtol=1e-4, atol=1e-6)
+    params, grads = random_dict(shapes), random_dict(shapes)
+    optimizer = bcq.muon(0.9, dtype=torch.float32)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, 0.1)
+    assert list(updates) == list(grads)
+    for k in shapes:
+        alone, _ = optimizer.update({k: grads[k]}, optimizer.init({k: params[k]}), params, 0.1)
+        torch.testing.assert_close(updates[k], alone[k], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("words, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_muon_computes_in_the_dtype_of_the_training(words, dtype):
-    params = {"w": torch.randn(6, 9, generator=torch.Generator().manual_seed(0))}
-    settings = {**command_line.preset("fp32", "fast")[1], "dtype": words}
-    deltas = {}
-    for name, (init, update) in (("its own", command_line.optimizer(settings, params, [])),
-                                 ("expected", bcq.muon(settings["momentum"], dtype=dtype))):
-        deltas[name], _ = update(params, init(params), params, 0.1)
-    assert torch.equal(deltas["its own"]["w"], deltas["expected"]["w"])
-
-
-def test_muon_refuses_vectors_and_by_name_sends_them_elsewhere():
-    params = {"w": torch.randn(4, 4), "bias": torch.randn(4)}
+def test_muon_refuses_vectors():
     with pytest.raises(ValueError, match="bias"):
-        bcq.muon()[0](params)
+        bcq.muon().init({"w": torch.randn(4, 4), "bias": torch.randn(4)})
+
+
+# --- optimizers of optimizers ---
+
+
+def test_partition_gives_each_part_of_the_params_an_optimizer_of_its_own():
+    params, grads = random_dict(SHAPES), random_dict(SHAPES)
+    optimizer = bcq.partition(["tall", "wide"], bcq.muon(), bcq.sgd())
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, 0.1)
+    matrices = {k: params[k] for k in ("tall", "wide")}
+    own, _ = bcq.muon().update(
+        {k: grads[k] for k in matrices}, bcq.muon().init(matrices), matrices, 0.1
+    )
+    assert updates.keys() == grads.keys()
+    for k in SHAPES:
+        assert torch.equal(updates[k], own[k] if k in matrices else -0.1 * grads[k])
+
+
+def test_partition_refuses_a_name_that_is_no_parameter():
     with pytest.raises(KeyError, match="wrong"):
-        bcq.by_name(["wrong"], bcq.muon(), bcq.sgd())[0](params)
-    init, update = bcq.by_name(["w"], bcq.muon(), bcq.sgd())
-    deltas, _ = update(params, init(params), params, 0.1)
-    assert torch.equal(deltas["bias"], -0.1 * params["bias"])
-    alone, _ = bcq.muon()[1]({"w": params["w"]}, bcq.muon()[0]({"w": params["w"]}), {"w": params["w"]}, 0.1)
-    assert torch.equal(deltas["w"], alone["w"])
+        bcq.partition(["wrong"], bcq.muon(), bcq.sgd()).init({"w": torch.randn(4, 4)})
 
 
-def test_scale_lr_multiplies_the_steps_by_a_number_or_name_by_name():
+@pytest.mark.parametrize("scale, of_a, of_b", [(2.0, 2.0, 2.0), ({"a": 5.0}, 5.0, 1.0)])
+def test_scale_updates_multiplies_by_a_number_or_name_by_name(scale, of_a, of_b):
     params = {"a": torch.randn(3), "b": torch.randn(3)}
-    for scale, expected in ((2.0, (2.0, 2.0)), ({"a": 5.0}, (5.0, 1.0))):
-        init, update = bcq.scale_lr(bcq.sgd(), scale)
-        deltas, _ = update(params, init(params), params, 0.1)
-        assert torch.equal(deltas["a"], expected[0] * (-0.1 * params["a"]))
-        assert torch.equal(deltas["b"], expected[1] * (-0.1 * params["b"]))
+    optimizer = bcq.scale_updates(bcq.sgd(), scale)
+    updates, _ = optimizer.update(params, optimizer.init(params), params, 0.1)
+    torch.testing.assert_close(updates["a"], of_a * -0.1 * params["a"])
+    torch.testing.assert_close(updates["b"], of_b * -0.1 * params["b"])
 
 
 def test_glorot_scale_is_the_inverse_of_the_papers_coefficient_and_its_square_for_sgd():
@@ -141,39 +185,39 @@ def test_glorot_scale_is_the_inverse_of_the_papers_coefficient_and_its_square_fo
     scale = bcq.glorot_scale(params, list(params))
     assert scale["linear"] == pytest.approx(1 / math.sqrt(1.5 / (8192 + 1024)))
     assert scale["conv"] == pytest.approx(1 / math.sqrt(1.5 / (3 * 9 + 128 * 9)))
-    assert bcq.glorot_scale(params, list(params), power=2)["conv"] == pytest.approx(scale["conv"]**2)
+    squared = bcq.glorot_scale(params, list(params), power=2)
+    assert squared["conv"] == pytest.approx(scale["conv"] ** 2)
 
 
-@pytest.mark.parametrize("pair", [
-    bcq.sgd(0.9, True, 0.1),
-    bcq.adam(),
-    bcq.scale_lr(bcq.muon(), 2.0),
-    bcq.by_name(["a"], bcq.muon(), bcq.adam())
-])
-def test_an_update_writes_into_none_of_its_arguments(pair):
-    params, grads = ({k: torch.randn(4, 4) for k in "ab"} for _ in range(2))
-    state = pair[0](params)
-    _, state = pair[1](grads, state, params, 0.1)
+# --- what holds for all of them ---
+
+OPTIMIZERS = {
+    "sgd": bcq.sgd(0.9, True, 0.1),
+    "adam": bcq.adam(),
+    "muon": bcq.scale_updates(bcq.muon(), 2.0),
+    "partition": bcq.partition(["a"], bcq.muon(), bcq.adam()),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_update_writes_into_none_of_its_arguments_and_moves_no_parameter_itself(optimizer):
+    assert isinstance(optimizer, bcq.Optimizer)
+    shapes = {"a": (4, 4), "b": (4, 4)}
+    params, grads = random_dict(shapes), random_dict(shapes)
+    _, state = optimizer.update(grads, optimizer.init(params), params, 0.1)
     kept = copy.deepcopy((grads, state, params))
-    pair[1](grads, state, params, 0.1)
+    updates, _ = optimizer.update(grads, state, params, 0.1)
     assert same(kept, (grads, state, params))
+    for k, update in updates.items():
+        assert update.abs().max() > 0 and update.data_ptr() != params[k].data_ptr()
 
 
-def test_the_linear_schedule_falls_in_a_line_to_zero():
-    lr = bcq.linear_schedule(0.4, 10)
-    assert [lr(i) for i in (0, 5, 10)] == pytest.approx([0.4, 0.2, 0.0])
-
-
-def test_the_exponential_schedule_goes_from_start_to_end_by_one_factor():
-    lr = command_line.exponential_schedule(3e-3, 2e-6, 500)
-    assert lr(0) == pytest.approx(3e-3) and lr(500) == pytest.approx(2e-6)
-    assert lr(101) / lr(100) == pytest.approx(lr(401) / lr(400)) == pytest.approx((2e-6 / 3e-3)**(1 / 500))
-
-
-@pytest.mark.parametrize("optimizer", [bcq.sgd(0.9), bcq.adam(), bcq.scale_lr(bcq.adam(), 0.5)])
+@pytest.mark.parametrize(
+    "optimizer", [bcq.sgd(0.9), bcq.adam(), bcq.scale_updates(bcq.adam(), 0.5)]
+)
 def test_parameters_of_one_value_keep_their_dtype(optimizer):
-    init, update = optimizer
     params = {"step": torch.tensor(0.1), "w": torch.ones(2)}
-    deltas, state = update({"step": torch.tensor(0.3), "w": torch.ones(2)}, init(params), params, 0.1)
-    deltas, _ = update({"step": torch.tensor(0.3), "w": torch.ones(2)}, state, params, torch.tensor(0.1))
-    assert {d.dtype for d in deltas.values()} == {torch.float32}
+    state = optimizer.init(params)
+    for lr in (0.1, torch.tensor(0.1)):
+        updates, state = optimizer.update(params, state, params, lr)
+        assert {u.dtype for u in updates.values()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun as a user starts them: the network that one process trains."""
+"""Several processes: gradients averaged, batch norm by process, one of them prints and writes."""
 
 import json
 import os
@@ -9,110 +9,175 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batch, same
-from test_run import TINY, TOP, call
+from helpers import LOAD_SHAPES, TINY, TOP, job_of, same, succeed
 
 import bcq
 import run
 
-EXACT = [*TINY, "--threads", "1", "--optimizer", "sgd", "--lr", "0.05"]   # Muon makes more of roundings
-
-
-def torchrun(count, *words, **options):
-    """A finished run of run.py in so many processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-               str(TOP / "run.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=TOP, timeout=300, **options)
-
-
-def latents(folder):
-    return bcq.read_checkpoint(folder / "model.pth")["latent"]
-
-
-@pytest.fixture(scope="module")
-def one_and_two(tmp_path_factory):
-    """The folders of the same run of one step in one process and in two, and what the two printed."""
-    folder = tmp_path_factory.mktemp("processes")
-    words = [*EXACT, "--subset", "50", "--epochs", "1", "--record", folder / "records.jsonl"]
-    assert call(*words, "--out", folder / "one").returncode == 0
-    result = torchrun(2, *words, "--out", folder / "two")
-    assert result.returncode == 0, result.stderr
-    return folder / "one", folder / "two", result
-
-
-def test_two_processes_train_the_network_that_one_trains_within_a_millionth_after_a_step(one_and_two):
-    one, two = latents(one_and_two[0]), latents(one_and_two[1])
-    assert one.keys() == two.keys() and not same(one, {k: torch.zeros_like(w) for k, w in one.items()})
-    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-6
-    start = run.fresh(run.prepare_job(run.parse_arguments([*EXACT, "--subset", "50"]), None))["params"]
-    assert max((one[k] - start[k]).abs().max().item() for k in one) > 1e-3   # the step did move them
-
-
-def test_batch_norm_is_recalibrated_on_shares_as_on_the_whole(monkeypatch):
-    args = run.parse_arguments([*TINY, "--subset", "200"])
-    job = run.prepare_job(args, None)
-    state, sent = run.fresh(job), []
-    whole = run.recalibrated(job, state)
-    args.world = 2
-    for args.rank, all_reduce in ((1, lambda t: sent.append(t.clone())), (0, lambda t: t.add_(sent.pop(0)))):
-        monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
-        found = run.recalibrated(job, state)
-    assert not sent and found.keys() == whole.keys()
-    for key, b in whole.items():
-        torch.testing.assert_close(found[key], b, rtol=1e-5, atol=1e-5)
-        assert not b.is_floating_point() or not torch.equal(b, state["buffers"][key])
-
-
-def test_one_process_prints_and_writes(one_and_two):
-    folder, printed = one_and_two[1], one_and_two[2].stdout
-    assert len(re.findall("^epoch ", printed, re.M)) == len(re.findall("^test ", printed, re.M)) == 1
-    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in one_and_two[0].iterdir())
-    records = [json.loads(line) for line in (folder.parent / "records.jsonl").read_text().splitlines()]
-    assert [r["processes"] for r in records] == [1, 2]
+# --- the parts, in this process ---
 
 
 @pytest.mark.parametrize("count", [50, 51, 2])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_shares_of_a_batch_are_all_of_it_without_overlap(count, world):
-    rows = [list(range(count))[run.share(SimpleNamespace(rank=rank, world=world), count)]
-            for rank in range(world)]
-    assert sum(rows, []) == list(range(count))
-    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_shares_of_a_batch_are_all_of_it_without_overlap(count, size):
+    shares = []
+    for rank in range(size):
+        share = run.share_of_batch(run.World(rank=rank, size=size), count)
+        shares.append(list(range(count))[share])
+    assert sum(shares, []) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_an_image_is_augmented_alike_whichever_process_has_it():
-    job = run.prepare_job(run.parse_arguments(TINY), None)
-    images = run.make_images(job)
+    images = run.make_images(job_of())
     whole, labels = images(3, 2, slice(0, 50))
     for rows in (slice(0, 20), slice(20, 50), torch.tensor([7, 3, 49])):
         x, y = images(3, 2, rows)
         assert torch.equal(x, whole[rows]) and torch.equal(y, labels[rows])
 
 
+def test_a_batch_that_has_no_equal_shares_is_refused():
+    config = run.Config(batch_size=50)
+    with pytest.raises(ValueError, match="no equal shares for 4"):
+        run.fit_batch(config, 300, run.World(size=4))
+
+
+def as_one_of_two(monkeypatch, all_reduce):
+    """Lets this process take itself for one of two, with an all_reduce of the test's."""
+    monkeypatch.setattr(run.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
+
+
+def test_the_mean_of_gradients_takes_one_collective_and_is_the_mean(monkeypatch, small):
+    calls = []
+
+    def adds_others(t):  # whose gradients are these and 3 more
+        calls.append(t.numel())
+        t.mul_(2).add_(3)
+
+    as_one_of_two(monkeypatch, adds_others)
+    params, _ = bcq.split(small)
+    grads = {k: torch.randn_like(w) for k, w in params.items()}
+    kept = {k: g.clone() for k, g in grads.items()}
+    optimizer = run.all_reduce_gradients(bcq.sgd())
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, 1.0)
+    assert calls == [sum(w.numel() for w in params.values())] and same(grads, kept)
+    for name, update in updates.items():
+        torch.testing.assert_close(-update, (2 * grads[name] + 3) / 2)
+
+
+def test_statistics_of_batch_norm_are_averaged_over_the_processes(monkeypatch, small):
+    as_one_of_two(monkeypatch, lambda t: t.mul_(2).add_(3))
+    _, buffers = bcq.split(small)
+    kept = {k: b.clone() for k, b in buffers.items()}
+    found = run.average_buffers(buffers, run.World(size=2))
+    assert same(buffers, kept)
+    assert torch.equal(found["norm.num_batches_tracked"], buffers["norm.num_batches_tracked"])
+    for name in ("norm.running_mean", "norm_hidden.running_var"):
+        torch.testing.assert_close(found[name], (2 * buffers[name] + 3) / 2)
+
+
+def test_every_process_begins_with_the_start_bits_grids_and_masks_of_the_first(monkeypatch):
+    first = {"w": torch.ones(2)}, {"w": (4, 3)}, {"w": torch.tensor([True])}
+
+    def receive(values):
+        values[0] = first
+
+    monkeypatch.setattr(run.dist, "broadcast_object_list", receive)
+    mine = {"w": torch.zeros(2)}, {}, {}
+    assert same(run.broadcast(mine, run.World(rank=1, size=2), "cpu"), first)
+    assert same(run.broadcast(mine, run.World(), "cpu"), mine)
+
+
+# --- started by torchrun, as a user starts them ---
+
+# Muon makes more of roundings; its one step is of all 50 images.
+EXACT = [*TINY, "--optimizer", "sgd", "--lr", "0.05"]
+ONE_STEP = ["--subset", "50", "--epochs", "1", "--mode", "bc", "--real-epochs", "0"]
+
+
+def command(count, *words):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*start, "--nproc-per-node", str(count), str(TOP / "run.py"), *map(str, words)]
+
+
+def torchrun(count, *words):
+    """A finished run of run.py in so many processes on this machine."""
+    options = {"capture_output": True, "text": True, "cwd": TOP, "timeout": 300}
+    return subprocess.run(command(count, *words), **options)
+
+
+def one_process(*words):
+    subprocess.run(
+        [sys.executable, TOP / "run.py", *map(str, words)], check=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of one step in two processes: its folder, and what they printed."""
+    folder = tmp_path_factory.mktemp("processes") / "two"
+    result = torchrun(2, *EXACT, *ONE_STEP, "--out", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_step_of_the_mean_gradient_of_their_shares(two, monkeypatch):
+    monkeypatch.setattr(run, "load_shapes", LOAD_SHAPES)
+    job = job_of(*EXACT, *ONE_STEP)
+    state = run.initial_state(job)
+    x, labels = run.make_images(job)(0, 0, slice(0, 50))
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=job.config.smoothing)
+    gradients, statistics = [], []
+    for rows in (slice(0, 25), slice(25, 50)):  # each with batch norm of its own share
+        params = dict(state["params"])
+        leaves = {k: w.clone().requires_grad_() for k, w in params.items()}
+        weights = bcq.quantize_params(leaves, job.methods)
+        logits, buffers = bcq.apply(job.model, weights, state["buffers"], x[rows], train=True)
+        grads = torch.autograd.grad(loss(logits, labels[rows]), list(leaves.values()))
+        gradients.append(dict(zip(leaves, grads)))
+        statistics.append(buffers)
+    latent = bcq.read_checkpoint(two[0] / "model.pth")["latent"]
+    for name, start in state["params"].items():
+        expected = start
+        if name not in job.config.frozen:
+            mean = (gradients[0][name] + gradients[1][name]) / 2
+            if job.config.weight_decay:
+                mean = mean + job.config.weight_decay * start
+            expected = start - 0.05 * (1 + job.config.momentum) * mean  # Nesterov's first step
+            if name in job.methods:
+                expected = expected.clamp(-1, 1)
+            assert (latent[name] - start).abs().max() > 1e-5
+        torch.testing.assert_close(latent[name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_one_process_prints_and_writes(two):
+    folder, printed = two
+    for word in ("device", "epoch", "test"):
+        assert len(re.findall(f"^{word} ", printed, re.M)) == 1
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"last.pth", "model.pth", "metrics.jsonl", "result.json", "report.png"}
+    assert json.loads((folder / "result.json").read_text())["processes"] == 2
+
+
+@pytest.mark.slow
 def test_wrong_words_are_answered_by_the_first_process_alone():
     result = torchrun(2, "--mode", "bc", "--nonsense")
-    assert result.returncode and result.stderr.count("run.py: unrecognized arguments: --nonsense") == 1
-
-
-def test_a_batch_that_has_no_equal_shares_is_answered_in_one_line():
-    args = run.parse_arguments([*TINY, "--batch-size", "50"])
-    args.rank, args.world = 0, 4
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no equal shares for 4"):
-        patch.setattr(run.dist, "barrier", lambda: None)
-        patch.setenv("LOCAL_WORLD_SIZE", "4")
-        run.prepare_job(args, None)
+    assert result.returncode
+    assert result.stderr.count("run.py: unrecognized arguments: --nonsense") == 1
 
 
 @contextmanager
 def running(folder):
-    """A run in two processes, after its first epoch of 12: torchrun's own process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(TOP / "run.py"), *EXACT, "--epochs", "12", "--out", str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TOP)
+    """A run of 12 epochs in two processes, after its first: torchrun's own process."""
+    words = command(2, *EXACT, "--epochs", "12", "--out", folder)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": TOP}
+    process = subprocess.Popen(words, **pipes)
     try:
         while not (folder / "metrics.jsonl").exists():
             assert process.poll() is None, process.communicate()[1]
@@ -122,140 +187,45 @@ def running(folder):
         process.kill()
 
 
-def finished(folder):
+def epochs_of(folder):
     return len((folder / "metrics.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="finds the processes by pgrep")
 def test_a_run_whose_process_died_says_so_and_goes_on_from_its_checkpoint(tmp_path):
-    with running(tmp_path / "run") as process:
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
-        os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    folder = tmp_path / "run"
+    with running(folder) as process:
+        workers = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        )
+        os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "another process of this run ended" in err and "--resume" in err
-    assert 0 < finished(tmp_path / "run") < 12
-    result = torchrun(2, "--resume", tmp_path / "run")
+    assert 0 < epochs_of(folder) < 12
+    result = torchrun(2, "--resume", folder)
     assert result.returncode == 0, result.stderr
-    assert finished(tmp_path / "run") == 12
+    assert epochs_of(folder) == 12
 
 
-def test_a_signal_stops_all_processes_at_the_same_step_and_the_run_goes_on(tmp_path):
-    with running(tmp_path / "run") as process:
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_at_the_same_step_and_one_goes_on_where_two_stopped(
+    tmp_path,
+):
+    folder = tmp_path / "run"
+    with running(folder) as process:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     assert "stopped, saved; go on with" in err
-    state = bcq.read_checkpoint(tmp_path / "run" / "last.pth")["state"]
+    state = bcq.read_checkpoint(folder / "last.pth")["state"]
     assert 0 < state["epoch"] < 12 and len(state["losses"]) == state["step"]
-    assert call("--resume", tmp_path / "run").returncode == 0   # one process goes on where two stopped
-    assert finished(tmp_path / "run") == 12
+    one_process("--resume", folder)
+    assert epochs_of(folder) == 12
 
 
-def test_a_sweep_spreads_its_cells_over_the_processes(tmp_path):
-    result = torchrun(2, *TINY, "--threads", "1", "--epochs", "1", "--mode", "sweep", "mode=bc,bwn",
-                      "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert {p.name for p in tmp_path.iterdir()} == {"bc", "bwn", "size.png", "scores.png"}
-    assert result.stdout.count("cell ") == 1   # of the first process: the other one's are its own
-    assert all((tmp_path / name / "result.jsonl").exists() for name in ("bc", "bwn"))
-
-
-def test_the_mean_of_gradients_takes_one_collective_and_is_the_mean(monkeypatch, small):
-    calls = []
-    monkeypatch.setattr(run.dist, "all_reduce", lambda t: calls.append(t.numel()) or t.mul_(2).add_(3))
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
-    params, _ = bcq.split(small)
-    init, update = run.averaged(bcq.sgd())
-    grads = {k: torch.randn_like(w) for k, w in params.items()}
-    kept = {k: g.clone() for k, g in grads.items()}
-    deltas, _ = update(grads, init(params), params, 1.0)
-    assert calls == [sum(w.numel() for w in params.values())] and same(grads, kept)
-    for key, delta in deltas.items():
-        torch.testing.assert_close(-delta, (2 * grads[key] + 3) / 2)
-
-
-def test_a_batch_norm_without_weights_is_refused():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, affine=False))
-    with pytest.raises(ValueError, match="1: a batch norm with affine=False"):
-        run.synchronized(model, bcq.apply)
-
-
-def test_synchronized_batch_norm_of_one_process_is_batch_norm(monkeypatch, small):
-    monkeypatch.setattr(run.dist, "all_reduce", lambda t: None)
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 1)
-    small.norm.bias = None
-    params, buffers = bcq.split(small)
-    x, _ = batch(0)
-    for train in (True, False):
-        found, after = run.synchronized(small, bcq.apply)(small, params, buffers, x, train)
-        expected, own = bcq.apply(small, params, buffers, x, train)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        for key in own:
-            torch.testing.assert_close(after[key], own[key], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("mean, std", [(37.3, 0.0), (133.3, 0.0), (2000.0, 1.0), (0.0, 1e-3)])
-def test_the_statistics_of_two_shares_are_those_of_the_whole_even_of_a_dead_channel(monkeypatch, mean, std):
-    norm = torch.nn.BatchNorm1d(2)
-    whole = mean + std * torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
-    params, buffers = bcq.split(norm)
-    named = {f"0.{k}": w for k, w in params.items()}, {f"0.{k}": b for k, b in buffers.items()}
-    model = torch.nn.Sequential(norm)
-    moments = []
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(run.dist, "all_reduce", lambda t: moments.append(t.clone()) or t.mul_(2))
-    for part in (whole[:32], whole[32:]):
-        run.synchronized(model, bcq.apply)(model, *named, part, train=True)
-    monkeypatch.setattr(run.dist, "all_reduce", lambda t: t.copy_(sum(moments)))
-    found, after = run.synchronized(model, bcq.apply)(model, *named, whole[:32], train=True)
-    double = [bcq.to_dtype(tensors, torch.double) for tensors in named]
-    expected, own = bcq.apply(model, *double, whole.double(), train=True)
-    bound = 1e-3 if std else 5e-3   # of a dead channel, rounding shows: torch's own batch norm has 0.03
-    torch.testing.assert_close(found.double(), expected[:32], rtol=1e-3, atol=bound)
-    for key in ("0.running_mean", "0.running_var"):
-        torch.testing.assert_close(after[key].double(), own[key], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("trained", [("weight", "bias"), ("bias",), ()])
-@pytest.mark.parametrize("shape", [(1, 3), (6, 3), (6, 3, 4, 5)])
-def test_gradients_through_the_statistics_are_those_of_the_whole_batch(monkeypatch, shape, trained):
-    draw = torch.Generator().manual_seed(0)
-    share, factor = (torch.randn(shape, generator=draw, dtype=torch.double) for _ in range(2))
-    norm = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(3).double()
-    model, buffers = torch.nn.Sequential(norm), {f"0.{k}": b for k, b in norm.named_buffers()}
-    monkeypatch.setattr(run.dist, "get_world_size", lambda: 2)      # two processes that have equal shares:
-    monkeypatch.setattr(run.dist, "all_reduce", lambda t: t.mul_(2))   # the sum over both is twice its own
-    found, expected = [], []
-    for forward, copies, gradients in ((run.synchronized(model, bcq.apply), 1, found),
-                                       (bcq.apply, 2, expected)):
-        x = share.clone().requires_grad_()
-        params = {f"0.{k}": torch.rand(3, dtype=torch.double, generator=torch.Generator().manual_seed(len(k)))
-                  .requires_grad_(k in trained) for k in ("weight", "bias")}
-        y, _ = forward(model, params, buffers, torch.cat([x] * copies), train=True)
-        loss = (y.tanh() * torch.cat([factor] * copies)).sum()
-        gradients += torch.autograd.grad(loss, [x, *(params[f"0.{k}"] for k in trained)])
-    for own, whole in zip(found, expected):
-        torch.testing.assert_close(own, whole / 2)
-
-
-def test_a_run_begins_with_the_weights_of_the_first_process(monkeypatch):
-    sent = []
-    monkeypatch.setattr(run.dist, "broadcast", lambda t, source: sent.append((t.shape, source)))
-    state = {"params": {"a": torch.zeros(2)}, "buffers": {"b": torch.zeros(3)},
-             "opt_state": [{"a": torch.zeros(2)}], "history": []}
-    run.same_start(SimpleNamespace(world=1), state)
-    assert not sent
-    run.same_start(SimpleNamespace(world=2), state)
-    assert sent == [((2,), 0), ((3,), 0), ((2,), 0)]
-
-
-def test_learned_steps_grids_and_masks_are_those_of_the_first_process(monkeypatch):
-    steps, grids, masks = {"convs.1.weight:step": torch.tensor(0.5)}, {"convs.1.weight": (4, 3)}, {}
-    monkeypatch.setattr(run.dist, "barrier", lambda: None)
-    monkeypatch.setattr(run.dist, "broadcast_object_list", lambda found: found.__setitem__(
-        0, (steps, grids, masks)))
-    args = run.parse_arguments([*TINY, "--mode", "lsq"])
-    args.world, args.rank = 2, 1
-    job = run.prepare_job(args, None)
-    assert job.start[0]["convs.1.weight:step"] == 0.5 and job.grids == grids and job.masks == masks
-    assert job.start[0]["convs.2.weight:step"] != 0.5
+def test_a_conversion_under_torchrun_is_done_by_the_first_process_alone(bc_run, monkeypatch):
+    monkeypatch.setattr(run, "evaluate", lambda args: pytest.fail("the second one did it too"))
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    assert succeed("--mode", "eval", "--checkpoint", bc_run[0] / "model.pth") == ""

@@ -1,15 +1,18 @@
-"""Short checks on real CIFAR-10, where the environment variable BCQ_DATA names a folder that holds it."""
+"""Short checks on real CIFAR-10, where the variable BCQ_DATA names a folder that holds it."""
+
 import os
 
 import numpy as np
 import pytest
 import torch
-from test_run import call
+from helpers import TOP, succeed
 
 import models
 import run
 
-pytestmark = pytest.mark.skipif("BCQ_DATA" not in os.environ, reason="BCQ_DATA names no folder with CIFAR-10")
+pytestmark = pytest.mark.skipif(
+    "BCQ_DATA" not in os.environ, reason="BCQ_DATA names no folder with CIFAR-10"
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def data():
 def test_the_data_are_the_official_split_in_the_official_order_of_classes(data):
     assert data["train_y"].bincount().tolist() == [5000] * 10
     assert data["test_y"].bincount().tolist() == [1000] * 10
-    assert data["classes"] == list(run.CIFAR10)
+    assert data["classes"] == run.CIFAR10
 
 
 def test_mean_and_deviation_are_those_of_the_training_images(data):
@@ -29,21 +32,27 @@ def test_mean_and_deviation_are_those_of_the_training_images(data):
     assert np.allclose(x.std((0, 2, 3)), data["std"], atol=1e-4)
 
 
+def off_diagonal(correlations):
+    """The mean size of the correlations between different rows."""
+    count = len(correlations) * (len(correlations) - 1)
+    return (correlations.abs().sum() - correlations.diagonal().abs().sum()) / count
+
+
 def test_the_first_patterns_of_fast_are_far_less_correlated_on_real_images_than_pixels_are(data):
     bank = models.hadamard_stem(16).flatten(1)
     images = run.normalize(data["train_x"][:500], data["mean"], data["std"])
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
-    off = lambda c: (c.abs().sum() - c.diagonal().abs().sum()) / (len(c) * (len(c) - 1))
-    assert off(torch.corrcoef(bank @ patches.T)) < 0.5 * off(torch.corrcoef(patches.T))
+    of_patterns = off_diagonal(torch.corrcoef(bank @ patches.T))
+    assert of_patterns < 0.5 * off_diagonal(torch.corrcoef(patches.T))
 
 
 def test_two_epochs_on_a_tenth_of_cifar10_are_far_above_chance(tmp_path):
-    result = call("--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"], "--epochs", 2,
-                  "--subset", 5000, "--expect", 0.2, "--out", tmp_path / "out")
-    assert result.returncode == 0, result.stdout + result.stderr
+    words = ["--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"]]
+    words += ["--epochs", 2, "--subset", 5000, "--expect", 0.2]
+    succeed(*words, "--out", tmp_path / "out")
 
 
 def test_the_network_in_results_is_right_on_about_nine_of_ten_test_images(data):
-    net = run.load_network(run.Path(models.__file__).with_name("results") / "fast-0.59-w4a4.bcq", "cpu")
-    first = {**data, **{k: data[k][:1000] for k in ("test_x", "test_y")}}
-    assert 0.87 < run.test(net, first)["accuracy"] < 0.94
+    net = run.load_network(TOP / "results" / "fast-0.59-w4a4.bcq", "cpu")
+    first = {**data, "test_x": data["test_x"][:1000], "test_y": data["test_y"][:1000]}
+    assert 0.87 < run.test_network(net, first)["accuracy"] < 0.94

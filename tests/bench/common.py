@@ -1,6 +1,8 @@
 """What the benchmarks share."""
+
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -10,30 +12,37 @@ import torch
 
 TOP = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOP))
-import bcq  # noqa: E402, F401
-import models  # noqa: E402, F401
 import run  # noqa: E402
 
 
-def machine(device):
-    """The device and the training dtype of a benchmark, after run.py's settings for them."""
-    return run.choose_device(argparse.Namespace(device=device, threads=None, dtype=None, mode="benchmark",
-                                                alone=False))
+def make_parser(doc):
+    """A parser with --record, and with what the benchmark says of itself."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--record", type=argparse.FileType("a"), help="append the figures")
+    return parser
+
+
+def set_up(device=None):
+    """The device of a benchmark, set up as run.py does it, and the dtype of trainings there."""
+    device = run.choose_device(device)
+    return device, run.choose_dtype(device)
 
 
 def record(file, kind, command, device="cpu", **fields):
-    """Writes a line with the figures, the machine, the versions and the commit; nothing without a file."""
-    if file:
-        line = {"kind": kind, "device": torch.device(device).type,
-                "device_name": run.device_name(torch.device(device)), "torch": torch.__version__,
-                "threads": torch.get_num_threads(), "commit": run.commit(), "command": command,
-                "date": date.today().isoformat(), **fields}
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+    """Writes a line: figures, machine, versions, commit and command; nothing without a file."""
+    if file is None:
+        return
+    device = torch.device(device)
+    line = {"kind": kind, "device": device.type, "device_name": run.device_name(device)}
+    line |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    line |= {"commit": run.read_commit(), "date": date.today().isoformat()}
+    line |= {"command": shlex.join(["python", *map(str, command)]), **fields}
+    file.write(json.dumps(line) + "\n")
+    file.flush()
 
 
 def finished(*words):
-    """What a command printed. Where it failed this ends too, with its status, after showing what it said."""
+    """What a command printed. Where it failed this ends too, with its status and what it said."""
     result = subprocess.run([*map(str, words)], capture_output=True, text=True)
     if result.returncode:
         print(result.stderr.strip(), file=sys.stderr)

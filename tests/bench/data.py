@@ -1,18 +1,20 @@
-"""What a step of training consists of beside the network, augmentation and update, and how run.py starts.
+"""What a step of training consists of beside the network, and how long run.py takes to start.
 
-    python tests/bench/data.py [--batch 500] [--rounds 11] [--record FILE]
+python tests/bench/data.py [--batch 500] [--rounds 11] [--record FILE]
 """
-import argparse
+
 import statistics
 import sys
 import time
 
 import torch
-from common import TOP, finished, record, run
+from common import TOP, finished, make_parser, record, run
+
+WHOLE = "a whole step of bc"
 
 
-def seconds_of(calls, rounds):
-    """The times of each of the calls, which take turns so many times after one that is not counted."""
+def time_in_turns(calls, rounds):
+    """The seconds of each of the calls, which take turns after one round that is not counted."""
     times = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
@@ -22,36 +24,55 @@ def seconds_of(calls, rounds):
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
+def step_and_its_parts(batch):
+    """The calls {name: function of nothing} of a step of bc, and the model that it trains."""
+    words = ["--dataset", "shapes", "--device", "cpu", "--batch-size", str(batch)]
+    args = run.parse_arguments(words)
+    job = run.prepare_job(run.configure(args), run.locate(args))
+    step, images = run.make_step(job), run.make_images(job)
+    state = run.initial_state(job)
+    state["epoch"] = job.config.real_epochs  # from which on weights are binary
+    params, opt_state = state["params"], state["opt_state"]
+    moving = {k: w for k, w in params.items() if k not in job.config.frozen}
+    grads = {k: torch.randn_like(w) for k, w in moving.items()}
+    calls = {
+        WHOLE: lambda: step(state, 0.1)[1]["loss"].item(),
+        "augmentation of a batch": lambda: images(0, 0, slice(0, batch)),
+        "optimizer's update": lambda: job.optimizer.update(grads, opt_state, moving, 0.1),
+    }
+    return calls, job.config.model
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--batch", type=run.number(int, 1), default=500)
     parser.add_argument("--rounds", type=run.number(int, 1), default=11)
-    parser.add_argument("--record", type=argparse.FileType("a"))
     args = parser.parse_args()
-    words = ["--dataset", "shapes", "--device", "cpu", "--batch-size", str(args.batch)]
-    job = run.prepare_job(run.parse_arguments(words), None)
-    images, rows = run.make_images(job), slice(0, args.batch)
-    start = {**run.fresh(job), "epoch": job.config["real_epochs"]}   # with binary weights
-    weights, state = start["params"], start["opt_state"]
-    grads = {k: torch.randn_like(w) for k, w in weights.items() if k not in job.config["frozen"]}
-    importing = lambda module: lambda: finished(sys.executable, "-c", f"import {module}")
-    calls = {"a whole step of bc": lambda: job.step(start, 0.1)[1]["loss"].item(),
-             "augmentation of a batch": lambda: images(0, 0, rows),
-             "optimizer's update": lambda: job.update(grads, state, weights, 0.1)}
-    begins = {"import torch": importing("torch"), "import bcq": importing("bcq"),
-              "run.py --help": lambda: finished(sys.executable, TOP / "run.py", "--help")}
-    times = seconds_of(calls, args.rounds) | seconds_of(begins, 5)
-    seconds = {what: statistics.median(t) for what, t in times.items()}
-    parts = ("augmentation of a batch", "optimizer's update")
-    for what, value in seconds.items():
-        rate = {"images_per_second": args.batch / value} if "batch" in what else {}
-        part = {"share_of_step": value / seconds["a whole step of bc"]} if what in parts else {}
-        print(f"{what:26} {1e3 * value:9.1f} ms", *(f"{r:,.0f} images/s" for r in rate.values()),
-              *(f"{p:.1%} of a step" for p in part.values()))
-        words = f"--batch {args.batch}" + f" --rounds {args.rounds}" * (args.rounds != 11)
-        record(args.record, "data", f"python tests/bench/data.py {words}", method=what,
-               seconds=value, seconds_low=min(times[what]), seconds_high=max(times[what]),
-               rounds=len(times[what]), batch=args.batch, model=job.config["model"], **rate, **part)
+    calls, model = step_and_its_parts(args.batch)
+    starts = {
+        "import torch": lambda: finished(sys.executable, "-c", "import torch"),
+        "import bcq": lambda: finished(
+            sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TOP)!r}); import bcq"
+        ),
+        "run.py --help": lambda: finished(sys.executable, TOP / "run.py", "--help"),
+    }
+    times = time_in_turns(calls, args.rounds) | time_in_turns(starts, 5)
+
+    command = ["tests/bench/data.py", "--batch", args.batch, "--rounds", args.rounds]
+    whole = statistics.median(times[WHOLE])
+    for what, own in times.items():
+        seconds, more = statistics.median(own), {}
+        line = f"{what:26} {1e3 * seconds:9.1f} ms"
+        if "batch" in what:
+            more["images_per_second"] = args.batch / seconds
+            line += f" {args.batch / seconds:,.0f} images/s"
+        if what in calls and what != WHOLE:
+            more["share_of_step"] = seconds / whole
+            line += f" {seconds / whole:.1%} of a step"
+        print(line)
+        more |= {"seconds": seconds, "seconds_low": min(own), "seconds_high": max(own)}
+        more |= {"rounds": len(own), "batch": args.batch, "model": model}
+        record(args.record, "data", command, method=what, **more)
 
 
 if __name__ == "__main__":

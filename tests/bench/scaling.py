@@ -1,44 +1,48 @@
-"""Scaling: images a second of one training in 1 and in 2 processes, and the networks they end with.
+"""Scaling: images a second of one training in 1 and in 2 processes, and what they end with.
 
-    python tests/bench/scaling.py --data-dir DATA [--processes 1 2] [--threads 1] [--record FILE] [FLAGS]
+    python tests/bench/scaling.py --data-dir DATA [--processes 1 2] [--threads 1] [--record FILE]
+                                  [FLAGS of run.py]
 
-Each process has as many threads, so that 2 processes on 2 cores have twice the machine of 1 (gloo on CPUs,
-nccl on GPUs). The global batch is the same, hence the network is the same but for rounding. FLAGS: of run.py.
+Each process has as many threads, so that 2 processes on 2 cores have twice the machine of 1 (gloo
+on CPUs, nccl on GPUs). The global batch is the same; batch norm has the share of a process.
 """
-import argparse
+
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from common import TOP, finished, record, run
+from common import TOP, finished, make_parser, record, run
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = make_parser(__doc__)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--processes", type=run.number(int, 1), nargs="+", default=[1, 2])
     parser.add_argument("--threads", type=run.number(int, 1), default=1)
-    parser.add_argument("--record", type=argparse.FileType("a"))
     args, flags = parser.parse_known_args()
     flags = flags or ["--subset", "10000", "--epochs", "2", "--val", "0"]
+    flags = ["--threads", args.threads, *flags]
+    command = ["tests/bench/scaling.py", "--data-dir", "DATA", "--processes", *args.processes]
+
     first = None
     for count in args.processes:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", count, TOP / "run.py", "--mode", "bc", "--dataset", "cifar10"]
         with tempfile.TemporaryDirectory() as folder:
-            words = ["--mode", "bc", "--dataset", "cifar10", *flags, "--threads", args.threads]
-            finished(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count,
-                     TOP / "run.py", *words, "--data-dir", args.data_dir, "--out", f"{folder}/run",
-                     "--record", f"{folder}/record.jsonl")
-            row = json.loads(Path(folder, "record.jsonl").read_text())
-        speed = row["train_images"] * row["epochs"] / row["train_seconds"]
+            finished(*start, *flags, "--data-dir", args.data_dir, "--out", f"{folder}/run")
+            result = json.loads(Path(folder, "run", "result.json").read_text())
+        speed = result["train_images"] * result["epochs"] / result["train_seconds"]
         first = first or speed
-        print(f"{count} processes of {args.threads} threads: {speed:,.0f} images/s, {speed / first:.2f} "
-              f"times; accuracy {row['test_accuracy']:.4f}", flush=True)
-        record(args.record, "scaling", " ".join(map(str, (
-            "python tests/bench/scaling.py --data-dir DATA --processes", *args.processes, "--threads",
-            args.threads, *flags))), row["device"],
-            processes=count, images_per_second=speed, speedup=speed / first, threads=args.threads,
-            **{k: row[k] for k in ("test_accuracy", "model", "epochs", "batch", "train_images", "dtype")})
+        print(
+            f"{count} processes of {args.threads} threads: {speed:,.0f} images/s, "
+            f"{speed / first:.2f} times; accuracy {result['test_accuracy']:.4f}",
+            flush=True,
+        )
+        kept = ("test_accuracy", "model", "epochs", "batch", "train_images", "dtype", "threads")
+        row = {key: result[key] for key in kept}
+        row |= {"processes": count, "images_per_second": speed, "speedup": speed / first}
+        record(args.record, "scaling", [*command, *flags], result["device"], **row)
 
 
 if __name__ == "__main__":

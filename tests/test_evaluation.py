@@ -1,0 +1,126 @@
+"""Evaluation, and batch norm's statistics for the weights that are deployed."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from helpers import batch, binary, same
+from torch import nn
+
+import bcq
+
+
+def test_evaluate_counts_as_a_plain_loop_over_the_module_does(small):
+    data = [batch(i, n) for i, n in enumerate((16, 16, 5))]
+    result = bcq.evaluate(small, *bcq.split(small), data)
+    small.eval()
+    logits = np.concatenate([small(x).detach().numpy() for x, _ in data]).astype(np.float64)
+    labels = np.concatenate([y.numpy() for _, y in data])
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(37), labels]
+    assert result["images"] == 37
+    assert result["accuracy"] == (logits.argmax(1) == labels).mean()
+    assert result["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_evaluate_leaves_batch_norm_alone_and_refuses_to_score_nothing(small):
+    params, buffers = bcq.split(small)
+    kept = copy.deepcopy(buffers)
+    bcq.evaluate(small, params, buffers, [batch(0)])
+    assert same(kept, buffers)
+    with pytest.raises(ValueError, match="no images"):
+        bcq.evaluate(small, params, buffers, [])
+
+
+def test_the_binary_and_the_latent_weights_are_two_networks_with_two_losses(small):
+    params, buffers = bcq.split(small)
+    weights = bcq.quantize_params(params, binary(small))
+    data = [batch(0, 64)]
+    of_latents = bcq.evaluate(small, params, buffers, data)
+    assert of_latents["loss"] != bcq.evaluate(small, weights, buffers, data)["loss"]
+
+
+def test_batch_norm_statistics_are_the_mean_over_batches_of_the_statistics_of_each(small):
+    params, buffers = bcq.split(small)
+    data, kept = [batch(i) for i in range(5)], copy.deepcopy(buffers)
+    updated = bcq.batch_norm_statistics(small, params, buffers, iter(data))
+    pooled = [nn.functional.avg_pool2d(small.conv(x), 4).detach().numpy() for x, _ in data]
+    means = [p.mean((0, 2, 3)) for p in pooled]
+    variances = [p.transpose(1, 0, 2, 3).reshape(8, -1).var(1, ddof=1) for p in pooled]
+    assert np.allclose(updated["norm.running_mean"], np.mean(means, 0), atol=1e-6)
+    assert np.allclose(updated["norm.running_var"], np.mean(variances, 0), atol=1e-6)
+    assert same(kept, buffers) and small.norm.momentum == 0.1
+    with pytest.raises(ValueError, match="no images"):
+        bcq.batch_norm_statistics(small, params, buffers, [])
+
+
+class Scaled(nn.Module):
+    """A module with a buffer that is no statistic."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(3.0))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_batch_norm_statistics_touch_batch_norm_alone():
+    other = nn.InstanceNorm2d(4, track_running_stats=True)
+    conv = nn.Conv2d(3, 4, 3)
+    model = nn.Sequential(conv, other, nn.BatchNorm2d(4), Scaled(), nn.BatchNorm2d(4))
+    params, buffers = bcq.split(model)
+    buffers["1.running_var"] = torch.full((4,), 7.0)
+    updated = bcq.batch_norm_statistics(model, params, buffers, [batch(0)])
+    assert (updated["1.running_var"] > 6).all()
+    assert (updated["2.running_var"] != buffers["2.running_var"]).all()
+    assert updated["3.factor"] == 3
+    assert (updated["4.running_var"] > 8).all()  # 3 squared: the buffer was in force
+
+
+def test_a_norm_that_is_used_twice_gets_an_average_of_what_it_receives():
+    norm = nn.BatchNorm1d(3)
+    model = nn.Sequential(norm, norm)
+    x = 5 + 2 * torch.randn(1000, 3)
+    params, buffers = bcq.split(model)
+    params["0.weight"] = torch.full((3,), 4.0)
+    updated = bcq.batch_norm_statistics(model, params, buffers, [(x, None)] * 50)
+    # the second time it receives its own output, of mean 0 and deviation 4
+    assert torch.allclose(updated["0.running_mean"], x.mean(0) / 2, rtol=0.1)
+    assert torch.allclose(updated["0.running_var"], (x.var(0) + 16) / 2, rtol=0.1)
+
+
+class Frozen(nn.BatchNorm2d):
+    """A batch norm that is always in evaluation mode, as detectors have them."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+def test_a_frozen_norm_keeps_its_statistics_and_the_others_are_computed_with_them():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Frozen(4), nn.BatchNorm2d(4))
+    params, buffers = bcq.split(model)
+    buffers["1.running_var"] = torch.full((4,), 9.0)
+    x, _ = batch(0)
+    updated = bcq.batch_norm_statistics(model, params, buffers, [(x, None)])
+    assert (updated["1.running_var"] == 9).all()
+    received = model[0](x).detach() / 9.00001**0.5
+    assert torch.allclose(updated["2.running_var"], received.var((0, 2, 3)), rtol=1e-3)
+
+
+class Quiet(nn.BatchNorm2d):
+    """A batch norm that does not count its passes."""
+
+    def forward(self, x):
+        own = self.running_mean, self.running_var, self.weight, self.bias
+        return nn.functional.batch_norm(x, *own, self.training, self.momentum, self.eps)
+
+
+def test_norms_that_do_not_count_their_passes_are_measured_too():
+    x, _ = batch(0)
+    uncounted = nn.BatchNorm2d(3)
+    uncounted.num_batches_tracked = None
+    for norm in (Quiet(3), uncounted):
+        model = nn.Sequential(norm)
+        updated = bcq.batch_norm_statistics(model, *bcq.split(model), [(x, None)])
+        assert torch.allclose(updated["0.running_mean"], x.mean((0, 2, 3)), atol=1e-6)
