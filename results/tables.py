@@ -1,8 +1,19 @@
-"""Makes the README's tables and figure from results/records.jsonl: python results/tables.py"""
+"""Gathers the results of runs, and makes every table and picture of the README from them.
+
+    python results/tables.py [RUN_FOLDER or FILE ...]
+
+Each run leaves a result.json in its folder; benchmarks write a .jsonl. The results given are
+appended to results/records.jsonl, one line each: old lines stay, and what is there already is not
+added again. Then the marked parts of results/README.md and of README.md, commands.txt, accuracy.png
+and time.png are written anew from all the lines.
+"""
 
 import json
+import shlex
 import statistics
-from itertools import groupby
+import sys
+import textwrap
+from operator import itemgetter
 from pathlib import Path
 
 import matplotlib
@@ -11,324 +22,667 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-PAPER = 0.9010
-MACHINE = "Intel(R) Xeon(R) Processor"   # of the table of methods and of the figures; the others name theirs
-ROWS = {   # (method or mode, bits of weights, bits of inputs): the row's name, in the table's order
-    ("fp32", 32, 32): "fp32", ("fp16", 16, 16): "fp16, converted", ("int8", 8, 8): "int8, converted, static",
-    ("int8-dynamic", 8, 8): "int8, converted, dynamic", ("bc", 1, 32): "**bc**",
-    ("bc, no real epochs", 1, 32): "bc, no real epochs",
-    ("bc-stochastic", 1, 32): "bc-stochastic, deployed as sign(w)", ("bwn", 1, 32): "bwn",
-    ("ternary", 2, 32): "ternary", ("xnor", 1, 1): "xnor", ("lsq", 4, 4): "lsq W4A4, from fp32",
-    ("lsq", 2, 2): "lsq W2A2, from fp32"}
+RECORDS = HERE / "records.jsonl"
+PAPER = 0.9010  # BinaryConnect, deterministic, as published
+MACHINE = "Intel(R) Xeon(R) Processor"  # of the tables of methods and of the pictures
 
-
-def published(records):
-    """The records of deployed networks of `fast` at full width on CIFAR-10: {row name: records}."""
-    groups = {name: [] for name in ROWS.values()}
-    for r in (r for r in records if r["kind"] in ("export", "ptq")):
-        early = r.get("method") == "bc" and not r["config"].get("real_epochs")
-        method = "bc, no real epochs" if early else r.get("method")
-        name = ROWS.get((method, r.get("w_bits"), r.get("a_bits")))
-        full = (r.get("model"), r.get("width"), r.get("dataset"), r["device_name"], r["train_images"]) == (
-            "fast", 1, "cifar10", MACHINE, 45_000)
-        if name and full:
-            groups[name] = [other for other in groups[name] if other["seed"] != r["seed"]] + [r]
-    return {name: group for name, group in groups.items() if group}
-
-
-def spread(values, form):
-    """Mean and standard deviation over seeds."""
-    mean = form.format(statistics.fmean(values))
-    return mean + (" +- " + form.format(statistics.stdev(values)) if len(values) > 1 else "")
-
-
-def table(groups, every):
-    """The README's table of deployed networks, as Markdown."""
-    lines = ["| method | test accuracy, % | seeds | epochs | W, A bits | real layers | file, kB | "
-             "times smaller | course score | MicroNet score | 1 image, ms | 256 images, ms |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, records in groups.items():
-        r, median = records[0], lambda key, records=records: 1e3 * statistics.median(r[key] for r in records)
-        accuracy = spread([100 * r["test_accuracy"] for r in records], "{:.2f}")
-        lines.append(
-            f"| {name} | {accuracy} | {len(records)} | {epochs(r, every)} | {r['w_bits']}, {r['a_bits']} | "
-            f"{r['real_layers']} | "
-            f"{r['file_bytes'] / 1e3:,.0f} | {r['shrink']:.1f} | {r['course_score']:.4f} | "
-            f"{r['micronet_score']:.4f} | {median('seconds_1'):.1f} | {median('seconds_256'):.0f} |")
-    lines.append(
-        f"| BinaryConnect, deterministic, as published | {100 * PAPER:.2f} | | 500 | 1, 32 | 0 | | | | | | |")
-    return lines
-
-
-def epochs(r, records):
-    """The epochs of a network's training, in words, those of the fp32 network it started from included."""
-    real, started = r["config"].get("real_epochs"), r["config"].get("init")
-    of = lambda r: (r.get("dataset"), r.get("model"), r.get("width"), r["device_name"])
-    before = [o["epochs"] for o in records[:records.index(r)] if started and of(o) == of(r)
-              and (o["kind"], o.get("mode")) == ("train", "fp32")]
-    return "".join(f"{n} in fp32 + " for n in before[-1:]) + f"{r['epochs']}" + (
-        f", {real} of them real" if real else "")
-
-
-def times(records):
-    """The training times, from the records of kind train, in words."""
-    trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
-               and (r["model"], r["width"], r["device_name"]) == ("fast", 1, MACHINE)]
-    key = lambda r: (r["mode"], r["epochs"], r["w_bits"], r["config"]["w_bits"]
-                     if "config" in r and r["mode"] == "lsq" else 0)
-    trained = {(key(r), r["seed"]): r for r in trained}.values()   # the last of each seed
-    groups = [list(group) for _, group in groupby(sorted(trained, key=key), key)]
-    name = lambda r: (f"{r['mode']}" + (f" W{r['w_bits']}A{r['a_bits']}" if r["mode"] == "lsq" else "")
-                      + f" ({r['epochs']} epochs)")
-    return ", ".join(f"{name(g[0])} {spread([r['train_seconds'] for r in g], '{:.0f}')}" for g in groups)
-
-
-def conditions(groups, records):
-    """What the figures were measured with, from the records, in words."""
-    shown = [r for group in groups.values() for r in group]
-    if not shown:
-        return []
-    values = lambda key: ", ".join(sorted({str(r[key]) for r in shown}))
-    images = f"{shown[0]['train_images']:,} training images, {shown[0]['val_images']:,} held out"
-    return [
-        f"CIFAR-10, 10,000 test images, last epoch; accuracy, size and time are those of the network in the "
-        f"deployed file. `{values('model')}` ({shown[0]['parameters']:,} parameters, {shown[0]['macs']:,} "
-        f"multiply-accumulates), batch {values('batch')}, {images}; "
-        f"{values('device_name')}, {values('threads')} threads, trained in bf16, torch {values('torch')}; "
-        f"{values('date')}. Times smaller: than the fp32 file. Training seconds: {times(records)}. "
-        "Everything else is in `results/records.jsonl`, the commands and the commits at which they were run "
-        "in `results/commands.txt`.",
-    ]
-
-
-def training_commands(groups, records):
-    """The commands behind the tables of networks, and the commits at which they were run, line by line."""
-    runs = [r for r in records if r["kind"] in ("train", "score")] + [r for g in groups.values() for r in g]
-    other = lambda r: "" if r["device_name"] == MACHINE else f", on {r['device_name']} in {r['dtype']}"
-    return sorted({f"{r['command']}   # {r['commit']}{other(r)}" for r in runs})
-
-
-def built_in(records):
-    """What the built-in data set was measured to be, in words; empty without records."""
-    rows = [r for r in records if r["kind"] == "train" and r["dataset"] == "shapes"]
-    return ["", *[f"On `shapes` ({r['train_images']:,} training images, {r['epochs']} epochs, one "
-                  f"seed) `{r['model']}` in {r['mode']} gets {100 * r['test_accuracy']:.2f} %: "
-                  f"`{r['command']}`, commit {r['commit']}." for r in rows]] if rows else []
-
-
-def best_scores(records):
-    """The table of the networks of the lowest course score at 90 % or more, as Markdown."""
-    rows = [r for r in records if r["kind"] == "score" and r["dataset"] == "cifar10" and r["eligible"]]
-    lines = [
-        "", "| network at 90 % or more | test accuracy, % | epochs | W, A bits | file, bytes | course score "
-        "| if zeros count as pruned | MicroNet score | scored on |", "|---|---|---|---|---|---|---|---|---|"
-    ]
-    for r in sorted(rows, key=lambda r: r["course_score"]):
-        lines.append(
-            f"| {r['mode']}, `{r['model']}` of width {r['width']} | {100 * r['test_accuracy']:.2f} | "
-            f"{epochs(r, records)} | {r['w_bits']}, {r['a_bits']} | {r['file_bytes']:,} | "
-            f"{r['course_score']:.5f} | {r['course_score_zeros_pruned']:.5f} | {r['micronet_score']:.5f} | "
-            f"{r['device_name']} |")
-    return [*lines, "", "    python run.py --mode score --checkpoint model.bcq --data-dir DATA"
-            ] if rows else []
-
-
+# (method, bits of weights, bits of inputs): the row's name, in the order of the tables
+METHODS = {
+    ("fp32", 32, 32): "fp32",
+    ("fp16", 16, 16): "fp16, converted",
+    ("int8", 8, 8): "int8 static, converted",
+    ("int8-dynamic", 8, 8): "int8 dynamic, converted",
+    ("bc", 1, 32): "bc",
+    ("bc, binary throughout", 1, 32): "bc, binary from the first epoch",
+    ("bc-stochastic", 1, 32): "bc-stochastic, deployed as sign(w)",
+    ("bwn", 1, 32): "bwn",
+    ("ternary", 2, 32): "ternary",
+    ("xnor", 1, 1): "xnor",
+    ("lsq", 4, 4): "lsq W4A4, from fp32",
+    ("lsq", 2, 2): "lsq W2A2, from fp32",
+}
+# the rows of the small table, in its order, by their names in the large one
+SMALL = {
+    "fp32": "fp32, an ordinary network",
+    "int8 static, converted": "int8, converted from fp32",
+    "lsq W4A4, from fp32": "lsq, 4-bit weights and inputs",
+    "ternary": "ternary",
+    "bc": "**bc**",
+}
 INFERENCE = ("fp32", "bf16", "fp16", "int8 static", "int8 dynamic", "xnor", "1-bit weights, packed")
-STEP = ("plain", "lab", "functional", "side-by-side", "plain-compiled", "functional-compiled")
+STEPS = ("lab", "functional", "side-by-side", "plain-compiled", "functional-compiled")
 
 
-def inference(records):
-    """The table of inference times, a row for each machine, network and batch, as Markdown."""
-    rows = latest(records, "inference", "device_name", "model", "method", "batch")
-    lines = ["", f"| inference, ms | images | {' | '.join(INFERENCE)} | spread, % |",
-             "|---" * (3 + len(INFERENCE)) + "|"]
-    for (name, model, batch), own in grouped(rows, "device_name", "model", "batch"):
-        ms = {r["method"]: f"{1e3 * r['seconds']:,.1f}" for r in own}
-        cells = [f"`{model}`, {name}", str(batch), *(ms.get(m, "") for m in INFERENCE), typical_spread(own)]
-        lines.append(f"| {' | '.join(cells)} |")
-    rounds = sorted({r["rounds"] for r in rows})
-    return [*lines, "", f"Medians of {' or '.join(map(str, rounds))} rounds, the versions in turns in one "
-            "process, eager, random weights, bf16 by autocast, fp16 converted; spread: by how much the "
-            "slowest round was over the fastest, the "
-            f"median of the versions; empty: not measured. {machine(rows)} Commands:", "", *commands(rows)]
+# --------------------------------------------------------------------------------------------------
+# Records
+# --------------------------------------------------------------------------------------------------
 
 
-def steps(records):
-    """The table of the time and memory of a step, a row for each machine and network, as Markdown."""
-    rows = latest(records, "step", "device_name", "dtype", "model", "batch", "method")
-    lines = ["", f"| a training step | plain: s, MB | {' | '.join(STEP[1:])} | spread, % |",
-             "|---" * (2 + len(STEP)) + "|"]
-    for (name, model, batch, dtype), own in grouped(rows, "device_name", "model", "batch", "dtype"):
-        ratios = {r["method"]: f"{r['time_over_plain']:.3f}, {r['memory_over_plain']:.3f}" for r in own}
-        plain = next(r for r in own if r["method"] == "plain")
-        first = f"{plain['seconds']:.3f}, {plain['peak_bytes'] / 1e6:,.0f}"
-        cells = [f"`{model}`, {batch} images, {dtype}, {name}", first]
-        cells += [*(ratios.get(m, "") for m in STEP[1:]), typical_spread(own)]
-        lines.append(f"| {' | '.join(cells)} |")
-    rounds = " or ".join(sorted({str(r["rounds"]) for r in rows}))
-    return [*lines, "", "Time and peak memory over plain's. Plain is an ordinary loop with torch.optim, lab "
-            "the loop of the lab sheet, functional `make_train_step`, side-by-side the same with the forward "
-            f"that `run.py` takes in bf16 on a CPU; SGD, eager unless said, medians of {rounds} rounds, each "
-            f"in its own process; spread as in the next table; empty: not measured. {machine(rows)} "
-            "Commands:", "", *commands(rows)]
+def read_lines(path):
+    """The JSON objects in a file: one a line in a .jsonl, one in all in any other."""
+    text = path.read_text()
+    if path.suffix != ".jsonl":
+        return [json.loads(text)]
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
-def typical_spread(rows):
-    """By how many percent the slowest round was over the fastest, the median of rows; empty if unknown."""
-    spreads = [100 * (r["seconds_high"] / r["seconds_low"] - 1) for r in rows if "seconds_low" in r]
-    return f"{statistics.median(spreads):.0f}" if spreads else ""
+def gather(places):
+    """Appends the results in folders and files to the records: how many of them were new."""
+    records = read_lines(RECORDS)
+    new = []
+    for place in map(Path, places):
+        files = [place]
+        if place.is_dir():
+            files = sorted(place.rglob("*.json"))
+        if not files or not files[0].exists():
+            sys.exit(f"{place}: no result there")
+        for file in files:
+            for record in read_lines(file):
+                record["command"] = without_folders(record["command"])
+                if record not in records + new:
+                    new.append(record)
+    with RECORDS.open("a") as file:
+        for record in new:
+            file.write(json.dumps(record) + "\n")
+    return len(new)
 
 
-def grouped(rows, *keys):
-    """The rows that have the same values of the keys together: pairs (values, rows), in order."""
+def without_folders(command):
+    """A command with the names of files alone: where they lie on a machine is nobody's business."""
+    words = []
+    for word in shlex.split(command):
+        flag, equals, value = word.rpartition("=")
+        if words and words[-1] == "--out":
+            words.pop()
+        elif word.startswith("tests/"):
+            words.append(word)
+        elif flag != "--out":
+            words.append(flag + equals + value.rpartition("/")[2])
+    return shlex.join(words)
+
+
+def setting(record, key):
+    """A setting of the run behind a record, or None where it does not say."""
+    return record.get("config", {}).get(key)
+
+
+def is_whole(record):
+    """Whether a record is of `fast` at full width, on all of CIFAR-10, by one process."""
+    return (
+        record.get("dataset") == "cifar10"
+        and record.get("model") == "fast"
+        and record.get("width") == 1
+        and record.get("train_images") == 45_000
+        and record.get("processes", 1) == 1
+    )
+
+
+def is_all_shapes(record):
+    """Whether a record is of a training at full width on all of the built-in pictures."""
+    whole = record["width"] == 1 and record["train_images"] == 18_000
+    return record["dataset"] == "shapes" and whole
+
+
+def last_of_each_seed(records):
+    """The records, of which later ones replace earlier ones of their seed."""
+    return list({record["seed"]: record for record in records}.values())
+
+
+def deployed(records):
+    """The records of deployed networks on MACHINE by the names of METHODS, in their order."""
+    groups = {name: [] for name in METHODS.values()}
+    for record in records:
+        if record["kind"] not in ("export", "ptq") or not is_whole(record):
+            continue
+        if record["device_name"] != MACHINE:
+            continue
+        method = record["method"]
+        if method == "bc" and not setting(record, "real_epochs"):
+            method = "bc, binary throughout"
+        name = METHODS.get((method, record["w_bits"], record["a_bits"]))
+        if name:
+            groups[name].append(record)
+    return {name: last_of_each_seed(group) for name, group in groups.items() if group}
+
+
+def trained(records):
+    """The records of trainings of `fast` on CIFAR-10 by what they have in common but the seed."""
     groups = {}
-    for r in rows:
-        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
-    return sorted(groups.items())
+    for record in records:
+        if record["kind"] == "train" and is_whole(record):
+            real = setting(record, "real_epochs") or 0
+            bits = (record["w_bits"], record["a_bits"])
+            machine = (record["device_name"], record["threads"], record["dtype"])
+            key = (record["mode"], bits, record["epochs"], real, machine)
+            groups.setdefault(key, []).append(record)
+    return [last_of_each_seed(groups[key]) for key in sorted(groups)]
 
 
 def latest(records, kind, *keys):
-    """The records of a kind, the last one of each that have the same keys."""
-    return list({tuple(r[k] for k in keys): r for r in records if r["kind"] == kind}.values())
+    """The records of a kind, the last one of each that have the same values of the keys."""
+    last = {}
+    for record in records:
+        if record["kind"] == kind:
+            last[tuple(record[key] for key in keys)] = record
+    return list(last.values())
 
 
-def machine(rows):
-    """What figures were measured with, in words, machine by machine."""
-    def one(name):
-        values = lambda key: ", ".join(sorted({str(r[key]) for r in rows if r["device_name"] == name}))
-        threads = values("threads")
-        return (f"{name}, {threads} thread{'s' * (threads != '1')}, torch {values('torch')}, commit "
-                f"{values('commit')}, {values('date')}")
+def grouped(rows, *keys):
+    """Pairs of values of the keys and the rows that have them, in order."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return sorted(groups.items())
 
-    return "; ".join(map(one, dict.fromkeys(r["device_name"] for r in rows))) + "."
+
+# --------------------------------------------------------------------------------------------------
+# Words and tables
+# --------------------------------------------------------------------------------------------------
+
+
+def table(head, rows):
+    """A Markdown table, as lines: head and each of the rows is a list of cells."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for cells in rows:
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def mean_and_deviation(values, form):
+    """The mean of values over seeds and, for several, their standard deviation."""
+    words = form.format(statistics.fmean(values))
+    if len(values) > 1:
+        words += " +- " + form.format(statistics.stdev(values))
+    return words
+
+
+def accuracy_of(group):
+    """The test accuracy of the records of one method, in percent."""
+    return mean_and_deviation([100 * record["test_accuracy"] for record in group], "{:.2f}")
+
+
+def milliseconds(group, key):
+    """The median over the records of a time in seconds, in milliseconds."""
+    return 1e3 * statistics.median(record[key] for record in group)
+
+
+def epochs_of(record, records):
+    """The epochs of a network's training, those of the fp32 network it began from included."""
+    words = str(record["epochs"])
+    real = setting(record, "real_epochs")
+    if real:
+        words += f", {real} in full precision"
+    if not setting(record, "init"):
+        return words
+
+    def same_network(other):
+        keys = ("dataset", "model", "width", "device_name")
+        return all(other.get(key) == record[key] for key in keys)
+
+    before = [
+        other
+        for other in records[: records.index(record)]
+        if other["kind"] == "train" and other["mode"] == "fp32" and same_network(other)
+    ]
+    if before:
+        words = f"{before[-1]['epochs']} in fp32 + {words}"
+    return words
+
+
+def in_words(rows, key):
+    """The different values of a key, with commas."""
+    return ", ".join(sorted({str(row[key]) for row in rows}))
+
+
+def machines(rows):
+    """What the figures of rows were measured with, machine by machine."""
+    parts = []
+    for name in dict.fromkeys(row["device_name"] for row in rows):
+        own = [row for row in rows if row["device_name"] == name]
+        threads = in_words(own, "threads")
+        if threads == "1":
+            threads += " thread"
+        else:
+            threads += " threads"
+        commits, dates = in_words(own, "commit"), in_words(own, "date")
+        parts.append(
+            f"{name}, {threads}, torch {in_words(own, 'torch')}, commit {commits}, {dates}"
+        )
+    return "; ".join(parts) + "."
 
 
 def commands(rows):
-    """The commands of records, as Markdown, each once."""
-    return [*dict.fromkeys(f"    {r['command']}" for r in rows)]
+    """The commands behind rows, as Markdown, each once."""
+    return list(dict.fromkeys(f"    {row['command']}" for row in rows))
+
+
+def spread_of(rows):
+    """By how many percent the slowest round was over the fastest, the median of rows; or ''."""
+    spreads = []
+    for row in rows:
+        if "seconds_low" in row:
+            spreads.append(100 * (row["seconds_high"] / row["seconds_low"] - 1))
+    if not spreads:
+        return ""
+    return f"{statistics.median(spreads):.0f}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The parts of the READMEs: each gives Markdown lines
+# --------------------------------------------------------------------------------------------------
+
+
+def small_table(records):
+    """The README's table: a few methods, what they reach and how large their files are."""
+    groups = deployed(records)
+    rows = []
+    for name, short in SMALL.items():
+        group = groups[name]
+        first = group[0]
+        bits = f"{first['w_bits']}, {first['a_bits']}"
+        size = f"{first['file_bytes'] / 1e3:,.0f}"
+        rows.append([short, accuracy_of(group), bits, size, f"{first['shrink']:.1f}"])
+    rows.append(["BinaryConnect as published", f"{100 * PAPER:.2f}", "1, 32", "", ""])
+    head = ["method", "test accuracy, %", "bits of weights, inputs", "file, kB", "times smaller"]
+    bc = groups["bc"]
+    throughout = groups["bc, binary from the first epoch"]
+    epochs = groups["fp32"][0]["epochs"]
+    note = (
+        f"CIFAR-10 and the network `fast` of {bc[0]['parameters'] / 1e6:.1f} million weights, "
+        f"measured from the deployed file. A row with a deviation is of {len(bc)} seeds, any other "
+        f"of one. bc trains for {bc[0]['epochs']} epochs, the others for {epochs}, lsq for as many "
+        f"again after fp32. With {throughout[0]['epochs']} epochs, all binary, bc reaches "
+        f"{accuracy_of(throughout)}. The paper trains 14 million weights for 500 epochs."
+    )
+    return [*table(head, rows), "", *textwrap.wrap(note, 120)]
+
+
+def accuracy_table(records):
+    """Every method: accuracy, epochs, bits and size."""
+    groups = deployed(records)
+    rows = []
+    for name, group in groups.items():
+        first = group[0]
+        rows.append(
+            [
+                name,
+                accuracy_of(group),
+                str(len(group)),
+                epochs_of(first, records),
+                f"{first['w_bits']}, {first['a_bits']}",
+                str(first["real_layers"]),
+                f"{first['file_bytes'] / 1e3:,.0f}",
+                f"{first['shrink']:.1f}",
+            ]
+        )
+    paper = ["BinaryConnect, deterministic, as published", f"{100 * PAPER:.2f}", "", "500", "1, 32"]
+    rows.append([*paper, "0", "", ""])
+    head = ["method", "test accuracy, %", "seeds", "epochs", "bits of weights, inputs"]
+    head += ["full-precision layers", "file, kB", "times smaller than fp32"]
+    shown = [record for group in groups.values() for record in group]
+    first = shown[0]
+    note = (
+        "CIFAR-10, 10,000 test images, last epoch. Accuracy and size are those of the network in "
+        f"the deployed file. `fast` has {first['parameters']:,} parameters and {first['macs']:,} "
+        f"multiply-accumulates. Batch {in_words(shown, 'batch')}; {first['train_images']:,} "
+        f"training images, {first['val_images']:,} held out; trained in bf16. {machines(shown)}"
+    )
+    return [*table(head, rows), "", note]
+
+
+def latency_table(records):
+    """Every method: both scores, and how the deployed network differs and how fast it is."""
+    rows = []
+    for name, group in deployed(records).items():
+        first = group[0]
+        changed = statistics.median(record["predictions_changed"] for record in group)
+        rows.append(
+            [
+                name,
+                f"{first['course_score']:.4f}",
+                f"{first['micronet_score']:.4f}",
+                f"{changed:.0f}",
+                f"{milliseconds(group, 'seconds_1'):.1f}",
+                f"{milliseconds(group, 'seconds_256'):.0f}",
+            ]
+        )
+    head = ["method", "course score", "MicroNet score", "predictions changed"]
+    head += ["1 image, ms", "256 images, ms"]
+    return table(head, rows)
+
+
+def other_machines_table(records):
+    """Deployed networks that were trained or measured elsewhere than on MACHINE."""
+    networks = {}
+    for record in records:
+        whole = record.get("dataset") == "cifar10" and record.get("train_images") == 45_000
+        if record["kind"] not in ("export", "ptq") or not whole:
+            continue
+        if record["device_name"] != MACHINE:
+            name = record["method"]
+            if name == "lsq":
+                name += f" W{record['w_bits']}A{record['a_bits']}"
+            name += f", `{record['model']}` of width {record['width']}, seed {record['seed']}"
+            networks[name, record["device_name"], record["date"]] = record
+    rows = []
+    for (name, machine, _), record in networks.items():
+        rows.append(
+            [
+                f"{name}, {machine}",
+                f"{100 * record['fp32_accuracy']:.2f}",
+                f"{100 * record['test_accuracy']:.2f}",
+                str(record["predictions_changed"]),
+                f"{record['file_bytes'] / 1e3:,.0f}",
+                f"{1e3 * record['seconds_1']:.1f}, {1e3 * record['seconds_256']:.0f}",
+                f"{1e3 * record['fp32_seconds_1']:.1f}, {1e3 * record['fp32_seconds_256']:.0f}",
+                record["commit"],
+            ]
+        )
+    head = ["network", "test accuracy before, %", "after, %", "predictions changed", "file, kB"]
+    head += ["1 and 256 images, ms", "before", "commit"]
+    return table(head, rows)
+
+
+def training_table(records):
+    """The seconds of training of every method on MACHINE."""
+    rows = []
+    for group in trained(records):
+        first = group[0]
+        if first["device_name"] != MACHINE:
+            continue
+        seconds = [record["train_seconds"] for record in group]
+        name = first["mode"]
+        if name == "lsq":
+            name += f" W{first['w_bits']}A{first['a_bits']}"
+        epochs = epochs_of(first, records)
+        rows.append([name, epochs, str(len(group)), mean_and_deviation(seconds, "{:.0f}")])
+    lines = table(["mode", "epochs", "seeds", "training, s"], rows)
+    for record in records:
+        if record["kind"] == "train" and record["preset"] == "fast fp32" and is_all_shapes(record):
+            note = (
+                f"On the built-in pictures, `shapes` ({record['train_images']:,} training images, "
+                f"{record['epochs']} epochs, one seed), `{record['model']}` in {record['mode']} "
+                f"gets {100 * record['test_accuracy']:.2f} %: `{record['command']}`, commit "
+                f"{record['commit']}."
+            )
+            lines += ["", note]
+    return lines
 
 
 def time_to_accuracy(records):
-    """The table of training times that reach a target, as Markdown; empty without records."""
-    rows = latest([r for r in records if r["device_name"] == MACHINE], "time-to-accuracy", "command", "seed")
-    lines = ["", "| time to accuracy | epochs | seeds | training, s | test accuracy, % | target, % |",
-             "|---|---|---|---|---|---|"]
-    for command in commands(rows):
-        group = [r for r in rows if command.strip() == r["command"]]
-        r = group[0]
-        lines.append(
-            f"| {r['method']}, `{r['model']}` | {r['epochs']} | {len(group)} | "
-            f"{spread([g['seconds'] for g in group], '{:.0f}')} | "
-            f"{spread([100 * g['test_accuracy'] for g in group], '{:.2f}')} | {100 * r['target']:.2f} |")
-    slower = [r for r in records if (r["kind"], r.get("mode"), r.get("dataset"), r.get("width")) == (
-        "train", "bc", "cifar10", 1) and r["device_name"] != MACHINE]
-    for r in slower:
-        name = f"{r['mode']}, `{r['model']}`, {r['device_name']} in {r['dtype']}"
-        lines.append(f"| {name} | {r['epochs']} | 1 | {r['train_seconds']:.0f} | "
-                     f"{100 * r['test_accuracy']:.2f} | |")
-    return [*lines, "", "The whole training time of a preset of fixed length, every seed counted, the test "
-            f"set touched once in a run, at its end; all layers binary. {machine(rows + slower)} Commands:",
-            "", *commands(rows + slower)] if rows else []
+    """bc: how long a training takes, and what it reaches, on each machine."""
+    rows, shown = [], []
+    for group in trained(records):
+        first = group[0]
+        if first["mode"] != "bc":
+            continue
+        shown += group
+        machine = f"{first['device_name']}, {first['threads']} threads, {first['dtype']}"
+        seconds = mean_and_deviation([record["train_seconds"] for record in group], "{:.0f}")
+        epochs = epochs_of(first, records)
+        rows.append([machine, epochs, str(len(group)), seconds, accuracy_of(group)])
+    head = ["bc, `fast`, on", "epochs", "seeds", "training, s", "test accuracy, %"]
+    return [*table(head, rows), "", machines(shown)]
 
 
-def scaling(records):
-    """The table of several processes, as Markdown."""
-    rows = latest(records, "scaling", "device_name", "processes", "threads")
-    lines = ["", "| processes | threads of each | images/s | times as fast | test accuracy, % |",
-             "|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(f"| {r['processes']}, {r['device_name']}, {r['dtype']} | {r['threads']} | "
-                     f"{r['images_per_second']:,.0f} | {r['speedup']:.2f} | {100 * r['test_accuracy']:.2f} |")
-    what = dict.fromkeys(f"{r['epochs']} of {r['train_images']:,} images in {r['dtype']}" for r in rows)
-    return [*lines, "", f"`{rows[0]['model']}`, gloo, batch {rows[0]['batch']} in all; epochs: "
-            f"{', '.join(what)}. {machine(rows)} Commands:", "", *commands(rows)]
+def best_scores(records):
+    """The three networks of the lowest course score among those at 90 % or more."""
+    networks = {}
+    for record in records:
+        if record["kind"] not in ("export", "score"):
+            continue
+        whole = record["dataset"] == "cifar10" and record["classes"] == 10
+        if whole and record["test_accuracy"] >= 0.9:
+            bits = (record["w_bits"], record["a_bits"])
+            networks[record["mode"], record["model"], record["width"], bits] = record
+    rows = []
+    for record in sorted(networks.values(), key=itemgetter("course_score"))[:3]:
+        rows.append(
+            [
+                f"{record['mode']}, `{record['model']}` of width {record['width']}",
+                f"{100 * record['test_accuracy']:.2f}",
+                epochs_of(record, records),
+                f"{record['w_bits']}, {record['a_bits']}",
+                f"{record['file_bytes']:,}",
+                f"{record['course_score']:.5f}",
+                f"{record['course_score_zeros_pruned']:.5f}",
+                f"{record['micronet_score']:.5f}",
+            ]
+        )
+    head = ["network", "test accuracy, %", "epochs", "bits of weights, inputs", "file, bytes"]
+    head += ["course score", "if zeros count as pruned", "MicroNet score"]
+    return table(head, rows)
 
 
-def beside(records):
-    """The table of what takes time beside the training, a column for each machine, as Markdown."""
-    rows = latest(records, "data", "device_name", "method")
-    names = list(dict.fromkeys(r["device_name"] for r in rows))
-    lines = ["", f"| beside the training, ms | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        own = {r["device_name"]: r for r in rows if r["method"] == method}
-        rate = lambda r: f", {r['images_per_second']:,.0f} images/s" if "images_per_second" in r else ""
-        part = lambda r: f", {r['share_of_step']:.1%} of a step" if "share_of_step" in r else ""
-        cells = [f"{1e3 * r['seconds']:,.1f}{rate(r)}{part(r)}" if r else "" for r in map(own.get, names)]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return [*lines, "", f"Medians. {machine(rows)} Command:", "", *commands(rows)]
+def step_table(records):
+    """The time and the memory of a training step, a row for each machine and network."""
+    found = latest(records, "step", "device_name", "dtype", "model", "batch", "method")
+    methods = list(STEPS)
+    for record in found:
+        if record["method"] not in ("plain", *methods):
+            methods.append(record["method"])
+    rows = []
+    for (name, model, batch, dtype), own in grouped(
+        found, "device_name", "model", "batch", "dtype"
+    ):
+        by_method = {record["method"]: record for record in own}
+        plain = by_method["plain"]
+        cells = [f"`{model}`, {batch} images, {dtype}, {name}"]
+        cells.append(f"{plain['seconds']:.3f}, {plain['peak_bytes'] / 1e6:,.0f}")
+        for method in methods:
+            cell = ""
+            if method in by_method:
+                record = by_method[method]
+                cell = f"{record['time_over_plain']:.3f}, {record['memory_over_plain']:.3f}"
+            cells.append(cell)
+        rows.append([*cells, spread_of(own)])
+    head = ["a training step", "plain: s, MB", *methods, "spread, %"]
+    return [*table(head, rows), "", machines(found), "", *commands(found)]
 
 
-def time_figure(records):
-    """Accuracy against the time of training: a dot for each method, bars for the spread over seeds."""
-    trained = [r for r in records if r["kind"] == "train" and r["dataset"] == "cifar10"
-               and (r["model"], r["width"], r["device_name"], r["threads"]) == ("fast", 1, MACHINE, 2)]
-    bits = lambda r: f" W{r['w_bits']}A{r['a_bits']}, after fp32" if r["mode"] == "lsq" else ""
-    groups = {}
-    for r in trained:
-        groups.setdefault(f"{r['mode']}{bits(r)}, {r['epochs']} epochs", []).append((r, r["train_seconds"]))
-    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, rows in groups.items():
-        rows = list({r["seed"]: (r, seconds) for r, seconds in rows}.values())   # the last of each seed
-        accuracies = [100 * r["test_accuracy"] for r, _ in rows]
-        minutes, mean = statistics.fmean(s for _, s in rows) / 60, statistics.fmean(accuracies)
-        axes.errorbar(minutes, mean, statistics.stdev(accuracies) if len(rows) > 1 else 0, fmt="o",
-                      capsize=3, color="C0" if name.startswith("bc,") else "C1")
-        below = name.startswith("bwn")
-        axes.annotate(name, (minutes, mean), textcoords="offset points", xytext=(6, -13 if below else 4),
-                      fontsize=9)
-    axes.axhline(100 * PAPER, color="gray", linestyle="--")
-    axes.annotate("BinaryConnect as published, 90.10", (1, 100 * PAPER), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", xytext=(-4, -11), color="gray", fontsize=9)
-    axes.set(xlabel="training on two CPU cores with AMX, minutes", ylabel="test accuracy on CIFAR-10, %")
-    axes.margins(x=0.2, y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    plt.savefig(HERE / "time.png", dpi=130)
+def inference_table(records):
+    """The time of inference, a row for each machine, network and batch."""
+    found = latest(records, "inference", "device_name", "model", "method", "batch")
+    rows = []
+    for (name, model, batch), own in grouped(found, "device_name", "model", "batch"):
+        times = {record["method"]: f"{1e3 * record['seconds']:,.1f}" for record in own}
+        cells = [times.get(method, "") for method in INFERENCE]
+        rows.append([f"`{model}`, {name}", str(batch), *cells, spread_of(own)])
+    head = ["inference, ms", "images", *INFERENCE, "spread, %"]
+    return [*table(head, rows), "", machines(found), "", *commands(found)]
 
 
-def figure(groups):
-    """Accuracy against the size of the file: a dot for each method, bars for the spread over seeds."""
-    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, records in groups.items():
-        accuracies = [100 * r["test_accuracy"] for r in records]
-        size, mean = records[0]["file_bytes"] / 1e3, statistics.fmean(accuracies)
-        error = statistics.stdev(accuracies) if len(accuracies) > 1 else 0
-        axes.errorbar(size, mean, error, fmt="o", color="C0" if records[0]["w_bits"] < 3 else "C1", capsize=3)
-        left = name.startswith(("ternary", "int8, converted, dynamic", "**bc", "bc, no"))
-        up = {"lsq W4A4, from fp32": -12, "int8, converted, dynamic": 4, "**bc**": -14}.get(name, -3)
-        short = name.strip("*").replace(", converted", "").replace(", deployed as sign(w)", "")
-        axes.annotate(short.replace(", from fp32", ""),
-                      (size, mean), textcoords="offset points", xytext=(-7, up) if left else (7, up),
-                      ha="right" if left else "left", fontsize=9)
-    axes.axhline(100 * PAPER, color="gray", linestyle="--")
-    axes.annotate("BinaryConnect as published, 90.10", (1, 100 * PAPER), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", xytext=(-4, -11), color="gray", fontsize=9)
-    axes.set_xscale("log")
-    axes.margins(x=0.3, y=0.12)
-    axes.set_xlabel("file of the deployed network, kB")
+def process_table(records):
+    """The speed of a training by several processes."""
+    found = latest(records, "scaling", "device_name", "processes", "threads")
+    rows = []
+    for record in found:
+        rows.append(
+            [
+                f"{record['processes']}, {record['device_name']}, {record['dtype']}",
+                str(record["threads"]),
+                f"{record['epochs']} of {record['train_images']:,} images",
+                f"{record['images_per_second']:,.0f}",
+                f"{record['speedup']:.2f}",
+                f"{100 * record['test_accuracy']:.2f}",
+            ]
+        )
+    head = ["processes", "threads of each", "epochs", "images/s", "times as fast"]
+    head += ["test accuracy, %"]
+    return [*table(head, rows), "", machines(found), "", *commands(found)]
+
+
+def data_table(records):
+    """What takes time beside the gradients, a column for each machine."""
+    found = latest(records, "data", "device_name", "method")
+    names = list(dict.fromkeys(record["device_name"] for record in found))
+    rows = []
+    for method in dict.fromkeys(record["method"] for record in found):
+        cells = [method]
+        for name in names:
+            own = [r for r in found if r["method"] == method and r["device_name"] == name]
+            cells.append("".join(duration_and_rate(record) for record in own))
+        rows.append(cells)
+    return [*table(["ms", *names], rows), "", machines(found), "", *commands(found)]
+
+
+def duration_and_rate(record):
+    """The time of a record in milliseconds, its images/s and its share of a step where they are."""
+    words = f"{1e3 * record['seconds']:,.1f}"
+    if "images_per_second" in record:
+        words += f", {record['images_per_second']:,.0f} images/s"
+    if "share_of_step" in record:
+        words += f", {record['share_of_step']:.1%} of a step"
+    return words
+
+
+def all_commands(records):
+    """The commands behind the tables of networks, with the commits at which they were run."""
+    shown = [record for record in records if record["kind"] in ("train", "score")]
+    for group in deployed(records).values():
+        shown += group
+    lines = set()
+    for record in shown:
+        line = f"{record['command']}   # {record['commit']}"
+        if record["device_name"] != MACHINE:
+            line += f", on {record['device_name']} in {record['dtype']}"
+        lines.add(line)
+    return sorted(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
+
+
+def draw_dot(axes, x, group, color, label, place):
+    """A dot at the group's mean accuracy, a bar for its deviation, and a label at a place.
+
+    place: the offset of the label in points, (right, up); to the left where right is negative.
+    """
+    accuracies = [100 * record["test_accuracy"] for record in group]
+    mean, deviation = statistics.fmean(accuracies), 0
+    if len(group) > 1:
+        deviation = statistics.stdev(accuracies)
+    axes.errorbar(x, mean, deviation, fmt="o", color=color, capsize=3)
+    side = "left"
+    if place[0] < 0:
+        side = "right"
+    point = (x, mean)
+    axes.annotate(label, point, xytext=place, textcoords="offset points", ha=side, fontsize=9)
+
+
+def finish_picture(axes, name):
+    """Draws the paper's accuracy as a line, labels the axis, and writes the picture."""
+    axes.axhline(100 * PAPER, color="gray", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"BinaryConnect as published, {100 * PAPER:.2f}",
+        (1, 100 * PAPER),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, -12),
+        textcoords="offset points",
+        ha="right",
+        color="gray",
+        fontsize=9,
+    )
     axes.set_ylabel("test accuracy on CIFAR-10, %")
+    axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    plt.savefig(HERE / "accuracy.png", dpi=130)
+    plt.savefig(HERE / name, dpi=130)
+    plt.close()
+
+
+def draw_accuracy(records):
+    """Accuracy against the size of the file: a dot for each method."""
+    labels = {
+        "fp16, converted": ("fp16", (7, -3)),
+        "int8 static, converted": ("int8 static", (7, -7)),
+        "int8 dynamic, converted": ("int8 dynamic", (7, 3)),
+        "bc": ("bc, 9 epochs", (-7, -12)),
+        "bc, binary from the first epoch": ("bc, 11 epochs", (-7, 0)),
+        "bc-stochastic, deployed as sign(w)": ("bc-stochastic", (7, -3)),
+        "bwn": ("bwn", (7, -3)),
+        "ternary": ("ternary", (-7, 2)),
+        "lsq W4A4, from fp32": ("lsq W4A4", (7, -10)),
+        "lsq W2A2, from fp32": ("lsq W2A2", (7, -5)),
+    }
+    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name, group in deployed(records).items():
+        color = "C0"
+        if group[0]["w_bits"] > 2:
+            color = "C1"
+        label, place = labels.get(name, (name, (7, -3)))
+        draw_dot(axes, group[0]["file_bytes"] / 1e3, group, color, label, place)
+    axes.errorbar([], [], fmt="o", color="C0", label="weights of 1 or 2 bits")
+    axes.errorbar([], [], fmt="o", color="C1", label="weights of 4 bits or more")
+    axes.legend(loc="lower right", frameon=False)
+    axes.set_xscale("log")
+    axes.set_xticks([200, 500, 1000, 2000, 5000, 10000])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(x=0.28, y=0.12)
+    axes.set_xlabel("file of the deployed network, kB")
+    finish_picture(axes, "accuracy.png")
+
+
+def draw_time(records):
+    """Accuracy against the time of training: a dot for each method."""
+    places = {"bwn": (6, -14), "ternary": (6, 6), "lsq": (6, 4)}
+    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for group in trained(records):
+        first = group[0]
+        if first["device_name"] != MACHINE or first["threads"] != 2:
+            continue
+        mode, color = first["mode"], "C1"
+        label = mode
+        if mode == "bc":
+            color = "C0"
+        if mode == "lsq":
+            label += f" W{first['w_bits']}A{first['a_bits']}, after fp32"
+        label += f", {first['epochs']} epochs"
+        minutes = statistics.fmean(record["train_seconds"] for record in group) / 60
+        draw_dot(axes, minutes, group, color, label, places.get(mode, (6, 4)))
+    axes.margins(x=0.2, y=0.12)
+    axes.set_xlabel("training on two CPU cores with AMX, minutes")
+    finish_picture(axes, "time.png")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def rewrite(path, sections):
+    """Puts lines between the marks of a Markdown file: sections {mark: lines}."""
+    text = path.read_text()
+    for mark, lines in sections.items():
+        start = f"<!-- {mark}: made by python results/tables.py, do not edit -->"
+        end = f"<!-- end of {mark} -->"
+        before, rest = text.split(start)
+        after = rest.split(end)[1]
+        text = before + "\n".join([start, *lines, end]) + after
+    path.write_text(text)
 
 
 def main():
-    """Rewrites the parts of the README between marks, the list of commands, and the figures."""
-    lines = (HERE / "records.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.strip()]
-    groups = published(records)
+    """Appends what the command line names, and rewrites all that is made from the records."""
+    print(f"{gather(sys.argv[1:])} new results in {RECORDS.name}")
+    records = read_lines(RECORDS)
+    rewrite(HERE.parent / "README.md", {"results": small_table(records)})
     sections = {
-        "results": [*table(groups, records), "", *conditions(groups, records), *built_in(records),
-                    *best_scores(records), *time_to_accuracy(records)],
-        "benchmarks": [*steps(records), *inference(records), *scaling(records), *beside(records)]}
-    (HERE / "commands.txt").write_text("\n".join([*training_commands(groups, records), ""]))
-    figure(groups)
-    time_figure(records)
-    readme = HERE.parent / "README.md"
-    text = readme.read_text()
-    for name, lines in sections.items():
-        start, end = f"<!-- {name}: made by python results/tables.py, do not edit -->", f"<!-- end of {name}"
-        before, rest = text.split(start)
-        text = "\n".join([before + start, "", *lines, "", end]) + rest.split(end)[1]
-    readme.write_text(text)
+        "accuracy": accuracy_table(records),
+        "latency": latency_table(records),
+        "other machines": other_machines_table(records),
+        "training": training_table(records),
+        "time to accuracy": time_to_accuracy(records),
+        "best scores": best_scores(records),
+        "steps": step_table(records),
+        "inference": inference_table(records),
+        "processes": process_table(records),
+        "data": data_table(records),
+    }
+    rewrite(HERE / "README.md", sections)
+    (HERE / "commands.txt").write_text("\n".join([*all_commands(records), ""]))
+    draw_accuracy(records)
+    draw_time(records)
 
 
 if __name__ == "__main__":
