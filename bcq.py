@@ -1,21 +1,26 @@
 """bcq: 1-bit networks as pure functions over dicts of tensors.
 
-A network is a model (an nn.Module, read only for its forward code) and two dicts: params and
+A network is a model (an nn.Module, used only for its forward code) and two dicts: params and
 buffers. Its latent weights are real numbers, which training moves. Its binary weights are their
 signs: the network computes with these, in training too, and only these are deployed. A method says
-how the ones become the others. Training is one pure function, which returns what it changed:
+how latent weights become the weights of the network. Training is one pure function:
 
     latent --quantize--> weights --forward, backward--> gradients --update, clip--> latent
 
-Part one is BinaryConnect: 1 quantizers, 2 straight-through, 3 the network as a function, 4 the
-training step, 5 the lab's class BC, 6 evaluation, 7 optimizers, 8 lower precision. Part two is its
-family, and networks that are small and integer for real: 9 scaled, ternary and pruned weights, 10
-Muon, 11 quantized inputs, 12 layers in integers, 13 the packed weight, 14 checkpoints, 15 costs and
-scores.
+Part one, BinaryConnect          Part two, its family; small and integer for real
+    1 quantizers                     9 scaled, ternary, pruned weights
+    2 straight-through              10 Muon
+    3 the network as a function     11 quantized inputs
+    4 the training step             12 layers in integers
+    5 the lab's class BC            13 the packed weight and its file
+    6 evaluation                    14 checkpoints
+    7 optimizers                    15 costs and scores
+    8 lower precision
 
-Nothing but the class BC writes into its arguments, keeps a state, or draws random numbers of its
-own (a dropout layer in your model does). A dict maps the names of model.named_parameters() to
-tensors. "The paper" is Courbariaux, Bengio and David 2015, "BinaryConnect", arXiv:1511.00363.
+Functions return what they change; only BC keeps a state and works in place. Random numbers come
+from a generator that the caller passes. params has the names of model.named_parameters(), buffers
+those of model.named_buffers(). "The paper" is Courbariaux, Bengio and David 2015, "BinaryConnect",
+arXiv:1511.00363; the lab is the one on quantization in the course that the README names.
 """
 
 import copy
@@ -45,9 +50,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
-# 1. Quantizers: a tensor in, a tensor of the same shape and dtype out. None looks at the values to
-#    decide what to do, so each of them works under torch.func.vmap, and a NaN stays a NaN
-#    everywhere.
+# 1. Quantizers: a tensor in, a tensor of the same shape and dtype out. No if depends on a value, so
+#    each works under torch.func.vmap and in a compiled graph. A NaN stays a NaN.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -72,15 +76,15 @@ def binarize_stochastic(w, u):
 
 
 def clip(w):
-    """w between -1 and 1: beyond, a latent weight would not move its sign. Section 2.4."""
+    """w between -1 and 1: far beyond, small steps hardly change a sign. The paper, section 2.4."""
     return w.clamp(-1, 1)
 
 
 class Method(NamedTuple):
-    """How latent weights become weights, and what bounds the latent ones: they belong together.
+    """How latent weights become the network's weights, and how they are bounded after each update.
 
     quantize: quantize(w), or quantize(w, noise) or quantize(w, step_size), see quantize_params.
-    clip: clip(w), after each update.
+    clip: clip(w). The two belong together: a clip is wrong for a method whose weights have a scale.
     """
 
     quantize: Callable
@@ -91,17 +95,17 @@ BINARY_CONNECT = Method(binarize, clip)
 BINARY_CONNECT_STOCHASTIC = Method(binarize_stochastic, clip)
 
 # --------------------------------------------------------------------------------------------------
-# 2. Straight-through, and maps over the dict
+# 2. Straight-through, and functions from dict to dict
 # --------------------------------------------------------------------------------------------------
 
 
 def straight_through(w, q):
     """q in the forward pass; in the backward pass the gradient goes to w, as if q were w.
 
-    w, q: float, of one shape, w finite. The second term is exactly 0, and its derivative by w is 1.
-    So both detach: q.detach(), or the quantizer's own derivative, 0 almost everywhere, would be
-    added; w.detach(), or w - w would have the derivative 0. q + (w - w) is q to the last bit; w +
-    (q - w) is not.
+    w, q: float, of one shape, w finite. w - w.detach() is exactly 0, and its derivative by w is 1;
+    without the detach that would be 0 too. q.detach() cuts off the quantizer's own derivative: 0
+    for a sign, but not for a scale that is computed from w. q + (w - w) is q to the last bit; w +
+    (q - w) would be rounded.
     """
     return q.detach() + (w - w.detach())
 
@@ -166,7 +170,7 @@ def quantize_params(params, methods, noise=None):
 def clip_params(params, methods):
     """The params with method.clip(w) in place of each w in methods: never batch norm, never biases.
 
-    Learned step sizes, entries with a colon, stay above 0. Raises KeyError.
+    Learned step sizes, entries with a colon, stay above 0. Raises KeyError for names not in params.
     """
     check_names(params, methods)
     clipped = dict(params)
@@ -230,7 +234,7 @@ def apply(model, params, buffers, x, train=False):
     finally:
         for module, mode in modes:
             module.training = mode
-    logits = tree_map_only(Hook, dequantize_hook, logits)  # of a model that gives its weights away
+    logits = tree_map_only(Hook, dequantize_hook, logits)  # where a model returns a weight
     return logits, {name: tensors[name].detach() for name in buffers}
 
 
@@ -240,7 +244,7 @@ def apply(model, params, buffers, x, train=False):
 
 
 def cross_entropy(logits, labels, smoothing=0.0):
-    """The mean cross-entropy. logits: float (n, classes); labels: int64 (n,), or as logits."""
+    """The mean cross-entropy. logits: float (n, classes); labels: int64 (n,), or probabilities."""
     return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
 
@@ -264,10 +268,11 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
     probabilities (n, classes). metrics: the loss and the accuracy (0 to 1) of the batch, tensors.
 
     methods: {name: Method}; {} trains an ordinary network. optimizer: an Optimizer. loss:
-    loss(logits, labels). forward: apply, or what is passed in its place. frozen: names that do not
-    move, and that optimizer.init is not given. Raises KeyError for names that are not in params.
+    loss(logits, labels). forward: apply, or another such as autocast_forward's. frozen: names that
+    do not move, and that optimizer.init is not given. Raises KeyError for names that are not in
+    params.
     """
-    clipped = {name: method for name, method in methods.items() if name not in frozen}
+    moving = {name: method for name, method in methods.items() if name not in frozen}
 
     def train_step(params, buffers, opt_state, batch, lr, noise=None):
         x, labels = batch
@@ -278,7 +283,7 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
             if name not in frozen:
                 latent[name] = w.detach().requires_grad_()  # a leaf: the graph begins here
 
-        weights = quantize_params({**still, **latent}, methods, noise)  # wb = binarize(w)
+        weights = quantize_params({**still, **latent}, methods, noise)  # the binary weights wb
         logits, buffers = forward(model, weights, buffers, x, train=True)  # forward with wb
         cost = loss(logits, labels)
         grads = torch.autograd.grad(cost, list(latent.values()), materialize_grads=True)  # dC/dwb
@@ -287,7 +292,7 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
         with torch.no_grad():
             updates, opt_state = optimizer.update(grads, opt_state, latent, lr)
             moved = {name: w + updates[name] for name, w in latent.items()}  # dC/dwb moves w
-            moved = clip_params(moved, clipped)  # w = clip(w + update, -1, 1)
+            moved = clip_params(moved, moving)  # w = clip(w + update, -1, 1)
 
             truth = labels
             if labels.ndim > 1:
@@ -313,9 +318,9 @@ class BC(nn.Module):
         optimizer.step()
         bc.clip()                       # the latent weights to [-1, 1]
 
-    It is an nn.Module: .to, .parameters, .train, .eval and calling it work. saved_params: the
-    latent weights, a list in the order of target_modules, the list of weights. Both follow
-    self.model.
+    It is an nn.Module: .to, .parameters, .train, .eval and calling it work. target_modules, as the
+    lab calls it, is the list of weights in the model; saved_params the list of the latent ones, as
+    of the last binarization.
     """
 
     def __init__(self, model):
@@ -332,7 +337,7 @@ class BC(nn.Module):
 
     @torch.no_grad()
     def _write(self, tensors):
-        # copy_ writes into the model's own tensors, and autograd counts it: a backward() that comes
+        # copy_ writes into the model's own tensors, and autograd notices: a backward() that comes
         # after restore() raises, where writing to .data would silently give another gradient.
         for weight, tensor in zip(self.target_modules, tensors, strict=True):
             weight.copy_(tensor)
@@ -343,8 +348,8 @@ class BC(nn.Module):
         for weight, binary in zip(self.target_modules, self.binary_params, strict=True):
             if not torch.equal(weight, binary.to(weight.device)):
                 raise RuntimeError(
-                    "the weights were changed between binarization() and restore(); that would be "
-                    "lost: call optimizer.step() after restore()"
+                    "the weights were changed between binarization() and restore(); that step "
+                    "would be lost: call optimizer.step() after restore()"
                 )
 
     def _latent(self):
@@ -377,7 +382,7 @@ class BC(nn.Module):
             raise RuntimeError(
                 "the model is binary: call restore() and optimizer.step() before clip()"
             )
-        self.save_params()
+        self.save_params()  # the step has moved them
         self._write(clip_params(self._latent(), self.methods).values())
 
     def forward(self, *inputs):
@@ -427,13 +432,13 @@ def batch_norms(model):
 def batch_norm_statistics(model, params, buffers, batches, forward=apply):
     """The buffers with batch norm's statistics averaged over the batches, pairs (x, labels).
 
-    In training the statistics are moving averages over steps in which other signs were in force:
-    these are of the params given. Take training images, not test images. The model is left as it
+    In training they are moving averages over steps with other signs; here they belong to the params
+    given. Take training images, not test images. The model is left as it
     was. Raises ValueError if there are no batches. Source: Wu and Johnson 2021, arXiv:2105.07576.
     """
-    moving = {name: m for name, m in batch_norms(model).items() if m.momentum != 0}
-    statistics = {}
+    moving = {name: m for name, m in batch_norms(model).items() if m.momentum != 0}  # not frozen
     momenta = {name: m.momentum for name, m in moving.items()}
+    statistics = {}
     count = 0
     try:
         for x, _ in batches:
@@ -453,14 +458,15 @@ def batch_norm_statistics(model, params, buffers, batches, forward=apply):
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. Optimizers: pure functions in pairs, as in optax. lr is a number or a tensor of one.
+# 7. Optimizers: pairs of pure functions. lr is a number, or a tensor without dimensions.
 # --------------------------------------------------------------------------------------------------
 
 
 class Optimizer(NamedTuple):
-    """init(params) -> state; update(grads, state, params, lr) -> (updates, state). All are dicts.
+    """init(params) -> state; update(grads, state, params, lr) -> (updates, state).
 
-    The caller adds the updates to the params: an optimizer moves nothing by itself.
+    params, grads and updates are dicts. The caller adds the updates to the params, as in optax: an
+    optimizer moves nothing by itself.
     """
 
     init: Callable
@@ -537,7 +543,7 @@ def to_dtype(tensors, dtype):
 
 
 def cast_forward(dtype):
-    """A forward to pass in place of apply, for params and buffers in dtype: it casts inputs too."""
+    """A forward to pass in place of apply, for params and buffers in dtype: it casts the inputs."""
 
     def cast(t):
         if t.is_floating_point():

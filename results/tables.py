@@ -287,12 +287,12 @@ def small_table(records):
     bc = groups["bc"]
     throughout = groups["bc, binary from the first epoch"]
     epochs = groups["fp32"][0]["epochs"]
+    early = bc[0]["config"]["real_epochs"]
     note = (
-        f"CIFAR-10 and the network `fast` of {bc[0]['parameters'] / 1e6:.1f} million weights, "
-        f"measured from the deployed file. A row with a deviation is of {len(bc)} seeds, any other "
-        f"of one. bc trains for {bc[0]['epochs']} epochs, the others for {epochs}, lsq for as many "
-        f"again after fp32. With {throughout[0]['epochs']} epochs, all binary, bc reaches "
-        f"{accuracy_of(throughout)}. The paper trains 14 million weights for 500 epochs."
+        "CIFAR-10 and the network `fast`: accuracy and size of the network in the deployed file. "
+        f"+- is the standard deviation over {len(bc)} seeds. bc trains for {bc[0]['epochs']} epochs, "
+        f"the first {early} in full precision; fp32 trains for {epochs}. With as many epochs, all "
+        f"of them binary, bc reaches {accuracy_of(throughout)}."
     )
     return [*table(head, rows), "", *textwrap.wrap(note, 120)]
 
