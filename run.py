@@ -108,18 +108,38 @@ OPTIMIZERS = {
     "muon": {"lr": 0.15, "momentum": 0.4, "rest_lr": 5.0, "rest_momentum": 0.85},
 }
 PRESETS = {  # the rows of a model, of all low-bit modes ("bc"), of a mode, of a model in a mode
-    "fast": {"epochs": 11, "batch_size": 500, "optimizer": "muon", "smoothing": 0.2, "crop": 3}
-    | {"frozen": ("stem.weight",), "norm_images": 5000},
+    "fast": {
+        "epochs": 11,
+        "batch_size": 500,
+        "optimizer": "muon",
+        "smoothing": 0.2,
+        "crop": 3,
+        "frozen": ("stem.weight",),
+        "norm_images": 5000,
+    },
     "bc": {"weight_decay": 0.0},
-    "fast bc": {"epochs": 9, "real_epochs": 3}
-    | {"frozen": ("stem.weight", "stem_norm.weight", "stem_norm.bias")},
-    "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375},  # latents near the bound: less noise
+    "fast bc": {
+        "epochs": 9,
+        "real_epochs": 3,
+        "frozen": ("stem.weight", "stem_norm.weight", "stem_norm.bias"),
+    },
+    # Latent weights that come near the bound are drawn with clear probabilities.
+    "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375},
     "xnor": {"act": "hardtanh"},
     "lsq": {"w_bits": 4, "a_bits": 4},
     "fast lsq": {"lr": 0.05, "frozen": ()},
-    "paper": {"epochs": 500, "batch_size": 50, "optimizer": "adam-glorot", "loss": "square hinge"}
-    | {"schedule": "exponential", "lr_end": 2e-6, "latents": "uniform"}
-    | {"flip": False, "crop": 0, "zca": True},
+    "paper": {
+        "epochs": 500,
+        "batch_size": 50,
+        "optimizer": "adam-glorot",
+        "schedule": "exponential",
+        "lr_end": 2e-6,
+        "loss": "square hinge",
+        "latents": "uniform",
+        "flip": False,
+        "crop": 0,
+        "zca": True,
+    },
 }
 METHODS = {  # by --mode
     "fp32": None,
@@ -135,7 +155,7 @@ BITS = {"bc": 1, "bc-stochastic": 1, "bwn": 1, "bwn-he": 1, "xnor": 1, "ternary"
 
 
 def preset(mode, model, paper=False, **flags):
-    """The name of the preset for a mode and a model, and the fields of Config that it and flags set."""
+    """The name of a preset, and the fields of Config that it and the flags set."""
     name = f"{model} {mode}"
     rows = [model, "bc", mode, name]
     if mode == "fp32":
@@ -168,7 +188,7 @@ def make_optimizer(config, params, names):
         rest = bcq.scale_updates(rest, config.rest_lr)
         optimizer = bcq.partition(matrices, bcq.muon(config.momentum, dtype=dtype), rest)
 
-    # Learned step sizes have an Adam of their own, in steps that are shares of what they began with.
+    # Learned step sizes have an Adam of their own, in shares of what they began with.
     rates = {k: config.step_lr * w.item() for k, w in params.items() if ":" in k}
     if rates:
         optimizer = bcq.partition(rates, bcq.scale_updates(bcq.adam(), rates), optimizer)
@@ -185,8 +205,8 @@ def learning_rate(config, steps, step):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: a dict of uint8 images and int64 labels: train_x, train_y, val_x, val_y, test_x, test_y; with
-# the data set's name, its classes, and how images are prepared: mean and std by channel, or zca
+# Data: a dict of uint8 images and int64 labels, train_x, train_y, val_x, val_y, test_x, test_y;
+# with the name of the data set, its classes, and how images are prepared: mean and std, or zca
 # --------------------------------------------------------------------------------------------------
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer"]
@@ -202,7 +222,7 @@ PREPARED = ["mean", "std", "zca"]  # kept with a network
 
 
 def draw_shapes(count, generator):
-    """Pictures of ten shapes of random place, size, angle, colours: uint8 (count, 3, 32, 32), labels."""
+    """Pictures of ten shapes, placed and coloured at random: uint8 (count, 3, 32, 32), labels."""
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
@@ -294,7 +314,7 @@ def load_folder(root, name):
 
 
 def decode(path, resize=False):
-    """An image file as uint8 (3, 32, 32). ValueError unless it is RGB of 32x32 or is to be resized."""
+    """An image file as uint8 (3, 32, 32). ValueError unless it is RGB of 32x32, or resized."""
     from PIL import Image
 
     try:
@@ -314,7 +334,7 @@ def decode(path, resize=False):
 
 
 def find_data(dataset, data_dir):
-    """The data set that was asked for; CIFAR-10 by default, or shapes, said, where it cannot be had."""
+    """The data set that was asked for; by default CIFAR-10, or shapes where it cannot be had."""
     name, root = dataset or "cifar10", Path(data_dir)
     if name == "shapes":
         return load_shapes()
@@ -337,7 +357,7 @@ def find_data(dataset, data_dir):
 
 
 def load_data(dataset, data_dir, classes=None):
-    """The data set that was asked for, of the first so many classes, with mean and std by channel."""
+    """The data set of the first so many classes, with the mean and std of its channels."""
     data = find_data(dataset, data_dir)
     if classes:
         count = len(data["classes"])
@@ -364,7 +384,7 @@ def load_data(dataset, data_dir, classes=None):
 def split_validation(data, val, subset, seed):
     """The data with the first val training images of a fixed shuffle as val_x, val_y.
 
-    subset: of the others a count, or a share where the text has a point, drawn by the seed; or None.
+    subset: of the others a count, or a share where the text has a point, drawn by the seed.
     """
     x, y = data["train_x"], data["train_y"]
     if not 0 <= val < len(y):
@@ -401,7 +421,7 @@ def augment(x, flip, crop, draw):
 
 
 def prepare(x, data):
-    """uint8 images as the network takes them, float32: normalised, or whitened where data has a zca.
+    """uint8 images as the network takes them, float32: normalised, or whitened by a zca.
 
     data: a data set, or what a checkpoint says of one.
     """
@@ -541,7 +561,7 @@ def all_reduce_gradients(optimizer):
 
 
 def average_buffers(buffers, world):
-    """The buffers, floating ones averaged over the processes: each has the statistics of its share."""
+    """The buffers averaged over the processes, each of which has the statistics of its share."""
     averaged = dict(buffers)
     for name, buffer in buffers.items():
         if world.size > 1 and buffer.is_floating_point():
@@ -577,7 +597,7 @@ def choose_device(name=None, threads=None, processes=1):
 
 
 def count_cores():
-    """The cores that this process may use: fewer than there are under taskset, or in a container."""
+    """The cores that this process may use: not all, under taskset or in a container."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -590,7 +610,7 @@ def count_cores():
 
 
 def keep_memory():
-    """Tells glibc to keep freed blocks: giving them back to the system at each step is far slower."""
+    """Tells glibc to keep freed blocks: giving them back at each step is far slower."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
@@ -624,18 +644,14 @@ def read_cpuinfo(key):
 
 
 def read_commit():
-    """The commit that this file is at, with '-dirty' where files were changed since, or 'unknown'."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    options = {"capture_output": True, "text": True, "check": True}
+    """The commit of this file, with '-dirty' where files were changed since, or 'unknown'."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    words += ["--exclude=*", "--abbrev=12"]  # no tags
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], **options)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **options)
+        found = subprocess.run(words, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    commit = head.stdout.strip()
-    if changed.stdout:
-        commit += "-dirty"
-    return commit
+    return found.stdout.strip()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -892,8 +908,10 @@ def prepare_job(config, source, world=World(), saved=None):
     if not config.compile:  # a graph takes no guard
         forward = guard(forward, f"running --model {config.model}")
 
-    threads, dataset = torch.get_num_threads(), source.dataset or data["name"]
-    source = replace(source, threads=threads, processes=world.size, dataset=dataset)
+    # What was chosen here is what the run goes on with.
+    found = {"device": source.device or device.type, "dataset": source.dataset or data["name"]}
+    found |= {"threads": torch.get_num_threads(), "processes": world.size}
+    source = replace(source, **found)
     return Job(
         config=config,
         source=source,
@@ -921,7 +939,7 @@ def complete(config, data, device):
 
 
 def fit_batch(config, images, world):
-    """The configuration with a preset's batch made no larger than the data. ValueError for others."""
+    """The configuration with a preset's batch no larger than the data. ValueError for others."""
     size = min(images, config.batch_size)
     if size < config.batch_size:
         why = f"there are {images} training images"
@@ -935,7 +953,7 @@ def fit_batch(config, images, world):
 
 
 def keep_zeros(config):
-    """The configuration that starts from a pruned network: epochs in full precision would lose that."""
+    """The configuration of a start from a pruned network: no epochs in full precision."""
     if config.real_epochs and "real_epochs" in config.typed:
         why = "is pruned, and they would bring its zeros back"
         raise ValueError(f"--real-epochs {config.real_epochs}: {config.init} {why}")
@@ -943,7 +961,7 @@ def keep_zeros(config):
 
 
 def add_preparation(data, config, saved, init, teacher):
-    """The data with what prepare needs: as a network that is given knows images, or by the preset."""
+    """The data with what prepare needs: as a given network knows images, or by the preset."""
     metas = [net.meta for net in (init, teacher) if net]
     if saved:
         metas = [saved]
@@ -1045,8 +1063,8 @@ def choose_methods(config, bits, masks, deployed=False):
     methods = {}
     for name in bits:
         method = METHODS[config.mode]
-        if config.mode == "fp32":  # it is pruned
-            method = bcq.Method(keep, bcq.no_clip)
+        if config.mode == "fp32":
+            method = bcq.Method(bcq.no_clip, bcq.no_clip)  # the weights as they are
         if config.mode == "lsq":
             method = bcq.lsq_method(bits[name])
         if config.mode == "bc-stochastic" and deployed:  # signs, in training too
@@ -1055,11 +1073,6 @@ def choose_methods(config, bits, masks, deployed=False):
             method = bcq.apply_mask(method, masks[name])
         methods[name] = method
     return methods
-
-
-def keep(w):
-    """The weight as it is: full precision."""
-    return w
 
 
 def refuse_blind_signs(model, params, buffers, x, names):
@@ -1078,7 +1091,7 @@ def refuse_blind_signs(model, params, buffers, x, names):
 
 
 def warn_of_logits(config, model, names):
-    """Warns of +-1 weights at the end without batch norm, where nothing makes up for their scale."""
+    """Warns of a last layer of +-1 weights without batch norm, which would bring their scale."""
     last = names[-1].rpartition(".")[0]
     if config.mode in ("bc", "bc-stochastic") and last not in bcq.fold_pairs(model).values():
         print(
@@ -1280,7 +1293,7 @@ def train_epoch(job, step, state, noted):
 
 
 def read_metrics(state, pending):
-    """The state with the metrics of its last steps. Raises ValueError at a loss that is not finite."""
+    """The state with the metrics of its last steps. ValueError at a loss that is not finite."""
     losses = torch.stack([metrics["loss"] for metrics in pending]).tolist()
     accuracies = torch.stack([metrics["accuracy"] for metrics in pending]).tolist()
     for i, loss in enumerate(losses):
@@ -1292,7 +1305,7 @@ def read_metrics(state, pending):
 
 
 def is_stopped(job, noted):
-    """Whether a process has noted a signal: all stop at the same step, or would wait for each other."""
+    """Whether any process has noted a signal: all stop at the same step, or would wait."""
     if job.world.size == 1:
         return bool(noted)
     return sum_over_processes([len(noted)], job.world, job.device)[0] > 0
@@ -1305,7 +1318,7 @@ def deploy_params(job, params):
 
 
 def end_epoch(job, state):
-    """The state with the epoch's metrics in its history, the diagnostics of a 1-bit training too."""
+    """The state with the epoch's metrics, diagnostics of a 1-bit training too, in its history."""
     config, epoch, params = job.config, state["epoch"] + 1, state["params"]
     if config.norm_images and epoch == config.epochs:
         state = {**state, "buffers": renew_statistics(job, state)}
@@ -1444,7 +1457,7 @@ def new_folder(args):
 
 
 def read_run(folder):
-    """The content of last.pth in a folder. Raises ValueError where there is no run to go on with."""
+    """The content of last.pth in a folder. ValueError where there is no run to go on with."""
     path = folder / "last.pth"
     if not path.exists():
         raise ValueError(f"{folder}: no run to resume there (no last.pth)")
@@ -1496,7 +1509,7 @@ def note_signals():
 
 
 def run_epochs(job, state, folder, expected=None):
-    """Trains from a state to the end, or to a signal, and keeps all in the folder: the exit status."""
+    """Trains to the end, or to a signal, and keeps all in the folder: the exit status."""
     epochs, writes = job.config.epochs, job.world.rank == 0
     source = dataclasses.asdict(job.source)
 
@@ -1688,7 +1701,7 @@ THRESHOLDS = {"cifar10": 0.90, "cifar100": 0.80}  # from which on the scores cou
 
 
 def open_checkpoint(args, fp32=False):
-    """The network that the flags name, and its data set, or the one of the flags, prepared for it."""
+    """The network in --checkpoint, its data set, or the flags', prepared for it, the device."""
     device = choose_device(args.device, args.threads)
     net = load_network(args.checkpoint, device, args.given.get("model"), fp32)
     dataset = args.dataset or net.meta.get("dataset", "cifar10")
@@ -1754,7 +1767,7 @@ def quantize_integers(net, data, bits, inputs, fit):
 
 
 def convert(args):
-    """--mode ptq and export: a trained network in fewer bits, measured from its file: the status."""
+    """--mode ptq and export: a network in fewer bits, measured from its file: the exit status."""
     net, data, device = open_checkpoint(args, fp32=True)
     if net.packed:
         raise ValueError(f"{net.source}: is packed already")
@@ -1837,7 +1850,7 @@ def count_differences(net, other, data):
 
 
 def describe_result(kind, net, path, argv):
-    """What is known of a network and its file, for result.json: training, costs, machine, commit."""
+    """All that is known of a network and its file, for JSON: training, costs, machine."""
     params, buffers = bcq.to_device(deploy_network(net), "cpu")
     cost = bcq.count_cost(net.model, params, buffers)
     layers = [row for row in cost if row.macs and row.values]
@@ -1880,7 +1893,7 @@ def is_eligible(dataset, classes, accuracy):
 
 
 def score(args):
-    """--mode score: what a network costs by layer, its scores, size and accuracy: the exit status."""
+    """--mode score: a network's costs by layer, scores, size, accuracy: the exit status."""
     net, data, _ = open_checkpoint(args)
     params, buffers = deploy_network(net)
     cost = bcq.count_cost(net.model, *bcq.to_device((params, buffers), "cpu"))
@@ -1935,7 +1948,7 @@ SHORT = {"mode": "", "model": "", "width": "x", "w-bits": "W", "a-bits": "A"}
 
 
 def make_cells(words, common):
-    """The runs of a sweep, {name: {flag: value}}: the product of KEY=VALUE,VALUE, and common flags."""
+    """The runs of a sweep, {name: {flag: value}}: a product of KEY=VALUE,VALUE, with common."""
     grid = {}
     for word in words:
         key, _, values = word.partition("=")
@@ -1975,7 +1988,7 @@ def type_flags(flags):
 
 
 def run_cell(folder, flags):
-    """Trains and exports a run of a sweep, but for what is done: (exit status, what was measured)."""
+    """Trains and exports a run of a sweep, but for what is done: (exit status, result)."""
     args = parse_arguments([*type_flags(flags), "--out", str(folder)])
     last, exported = folder / "last.pth", folder / f"model-{args.mode}.json"
     if last.exists() and list(read_run(folder)["source"]["argv"]) != list(args.argv):
@@ -2040,7 +2053,7 @@ def pareto_front(points):
 
 
 def draw_sweep(path, rows):
-    """Draws accuracy against the size of the file and against each score, with the Pareto fronts."""
+    """Draws accuracy against the file's size and against each score, with Pareto fronts."""
     pyplot = import_pyplot()
     figure, panels = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     labels = ("file, bytes", "course score", "MicroNet score")

@@ -1,10 +1,12 @@
 """The images that run.py trains on: shapes, folders, splits, augmentation and preparation."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torchvision
-from helpers import LOAD_SHAPES, WRITTEN_BEFORE, assert_refused, call, image_tree, same
+from helpers import LOAD_SHAPES, WRITTEN_BEFORE, assert_refused, call, image_tree, job_of, same
 from PIL import Image
 
 import run
@@ -70,6 +72,22 @@ def test_augmentation_mirrors_the_images_that_it_is_told_to():
     found = run.augment(x, flip, 0, None).numpy()
     for image, mirrored, is_flipped in zip(x.numpy(), found, flip):
         assert np.array_equal(mirrored, image[:, :, ::-1] if is_flipped else image)
+
+
+def test_each_image_is_mirrored_in_every_other_epoch():
+    job = job_of()
+    job = dataclasses.replace(job, config=dataclasses.replace(job.config, crop=0))
+    images, seen = run.make_images(job), []
+    for epoch in range(3):
+        drawn = [images(epoch, i, slice(None))[0] for i in range(job.steps)]
+        seen.append(rows(torch.cat(drawn)))
+    plain = run.prepare(job.data["train_x"], job.data)
+    mirrored = run.prepare(job.data["train_x"].flip(3), job.data)
+    for image, other in zip(plain, mirrored):
+        as_it_is = [image.numpy().tobytes() in epoch for epoch in seen]
+        as_in_a_mirror = [other.numpy().tobytes() in epoch for epoch in seen]
+        assert as_it_is in ([True, False, True], [False, True, False])
+        assert as_in_a_mirror == [not was for was in as_it_is]
 
 
 def test_augmentation_shifts_images_over_a_reflected_border_by_its_draws():

@@ -155,6 +155,7 @@ VALUES = {
     "never negative": torch.linspace(0, 1, 5000),
     "of both signs": torch.linspace(-1, 2, 5000) ** 3,
     "all negative": torch.linspace(-2, -1, 5000),
+    "far above 0": torch.linspace(3, 5, 5000),
     "all zero": torch.zeros(10),
 }
 

@@ -128,13 +128,15 @@ def packed_signs(model, params):
 def test_apply_runs_packed_weights_and_gives_the_logits_of_the_plain_ones(small):
     params, buffers = with_statistics(small)
     packed = packed_signs(small, params)
-    for seed in range(2):  # the second time with what was unpacked before, if anything is kept
+    integers = packed["conv.weight"].integers()  # unpacked once, and kept
+    for seed in range(2):
         x, _ = batch(seed)
         found, stats = bcq.apply(small, packed, buffers, x)
         expected, _ = bcq.apply(small, signs_of(small, params), buffers, x)
         assert torch.equal(found, expected)
         assert type(found) is torch.Tensor
         assert all(type(b) is torch.Tensor for b in stats.values())
+    assert packed["conv.weight"].integers() is integers
 
 
 class ReadsItsWeights(nn.Module):

@@ -1,5 +1,6 @@
 """Stopped by a signal, a kill or a full disk, a run goes on to the last bit as it would have."""
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ def outcome(folder):
     """What has to be the same, to the last bit, whether a run was interrupted or not."""
     content = bcq.read_checkpoint(folder / "model.pth")
     lines = (folder / "metrics.jsonl").read_text()
-    return content["net"], content["latent"], content["steps"], content["accuracies"], lines
+    weights = content["net"], content["latent"], content["steps"]
+    return *weights, content["accuracies"], lines
 
 
 def raises_signal_after(count, number, monkeypatch):
@@ -173,6 +175,8 @@ def test_resume_takes_the_flags_of_the_machine(bc_run, tmp_path):
     words = ["--device", "cpu", "--threads", 1, "--data-dir", tmp_path, "--expect", 0]
     succeed("--resume", folder, *words)
     assert same(outcome(folder), outcome(bc_run[0]))
+    result = json.loads((folder / "result.json").read_text())
+    assert "--subset 300" in result["command"] and "--resume" not in result["command"]
 
 
 def test_a_resumed_run_prepares_images_as_it_began(fp32_run):

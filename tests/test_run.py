@@ -102,7 +102,29 @@ def test_expect_exits_with_1_below_the_accuracy(bc_run):
     assert call(*words, 0.0).returncode == 0
 
 
+def test_the_test_images_are_looked_at_once_after_the_last_epoch(tmp_path, monkeypatch):
+    looked_at, batches = [], run.batches
+
+    def spy(data, split, *more):
+        looked_at.append(split)
+        return batches(data, split, *more)
+
+    monkeypatch.setattr(run, "batches", spy)
+    succeed(*TINY, "--epochs", 2, "--out", tmp_path / "run")
+    assert looked_at.count("test") == 1 and looked_at[-1] == "test" and "val" in looked_at
+
+
 # --- each method ---
+
+
+@pytest.mark.parametrize("mode", ["bc", "lsq", "xnor"])
+def test_a_run_in_bfloat16_ends_with_latent_weights_in_float32(mode, tmp_path):
+    words = [*TINY, "--dtype", "bf16", "--mode", mode, "--epochs", 1]
+    succeed(*words, "--out", tmp_path / "run")
+    content = bcq.read_checkpoint(tmp_path / "run" / "model.pth")
+    assert content["config"]["dtype"] == "bf16"
+    for tensor in {**content["net"], **content["latent"]}.values():
+        assert tensor.isfinite().all() and tensor.dtype in (torch.float32, torch.int64)
 
 
 def test_an_ordinary_run_ends_with_real_weights_and_a_stochastic_one_with_signs(fp32_run, tmp_path):
@@ -373,6 +395,16 @@ def test_pruned_weights_stay_zeros_through_a_run_and_in_its_packed_file(fp32_run
 def test_a_pruned_run_has_no_epochs_in_full_precision_which_would_bring_zeros_back():
     assert run.PRESETS["fast bc"]["real_epochs"]
     assert job_of("--epochs", 9, "--prune", 0.5).config.real_epochs == 0
+
+
+def test_a_pruned_network_is_not_trained_on_in_full_precision(fp32_run, tmp_path):
+    net = bcq.read_checkpoint(fp32_run / "model.pth")["net"]
+    masks = bcq.magnitude_masks(net, bcq.quantizable(models.fast(width=0.125)), 0.5)
+    pruned = rewritten(fp32_run, tmp_path / "pruned.pth", masks=masks)
+    words = ["--epochs", 4, "--init", pruned]
+    assert job_of(*words).config.real_epochs == 0
+    words += ["--real-epochs", 1, "--out", tmp_path / "run"]
+    assert_refused(call(*TINY, *words), "--real-epochs 1: pruned.pth is pruned")
 
 
 def test_pruning_what_was_pruned_counts_its_zeros_wherever_their_latents_have_moved(
