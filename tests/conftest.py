@@ -24,6 +24,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     about = "slow by nature: several processes, compilation, whole networks; run with --slow"
     config.addinivalue_line("markers", f"slow: {about}")
+    torch.set_num_threads(1)  # for tensors this small a second one costs more than it saves
 
 
 def pytest_collection_modifyitems(config, items):

@@ -46,9 +46,10 @@ def test_the_first_patterns_of_fast_are_far_less_correlated_on_real_images_than_
     assert of_patterns < 0.5 * off_diagonal(torch.corrcoef(patches.T))
 
 
+@pytest.mark.slow
 def test_two_epochs_on_a_tenth_of_cifar10_are_far_above_chance(tmp_path):
     words = ["--dataset", "cifar10", "--data-dir", os.environ["BCQ_DATA"]]
-    words += ["--epochs", 2, "--subset", 5000, "--expect", 0.2]
+    words += ["--epochs", 2, "--subset", 5000, "--expect", 0.2, "--threads", run.count_cores()]
     succeed(*words, "--out", tmp_path / "out")
 
 

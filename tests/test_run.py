@@ -1,5 +1,6 @@
 """Training on the command line, in this process: what a run prints, writes, and trains."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -188,6 +189,50 @@ def test_a_step_of_a_run_clips_the_latent_weights_of_the_methods_that_do_not_sca
     assert (moved["params"][name].max() <= 1) == clipped
 
 
+def test_the_steps_of_a_run_are_the_toolkits_on_the_batches_that_it_draws():
+    job = job_of("--real-epochs", 0)
+    state, step, images = run.initial_state(job), run.make_step(job), run.make_images(job)
+    loss = functools.partial(bcq.cross_entropy, smoothing=0.2)
+    train_step = bcq.make_train_step(
+        job.model, job.methods, job.optimizer, loss, frozen=job.config.frozen
+    )
+    expected = state["params"], state["buffers"], state["opt_state"]
+    for i in range(3):
+        state, metrics = step(state, 0.1)
+        *expected, found = train_step(*expected, images(0, i, slice(None)), 0.1)
+        assert metrics["loss"] == found["loss"] and metrics["accuracy"] == found["accuracy"]
+    assert same([state["params"], state["buffers"], state["opt_state"]], expected)
+
+
+def test_stochastic_weights_are_drawn_anew_at_every_step_and_by_the_step_alone(monkeypatch):
+    drawn, draw_noise = [], bcq.draw_noise
+
+    def spy(*arguments):
+        drawn.append(draw_noise(*arguments))
+        return drawn[-1]
+
+    monkeypatch.setattr(bcq, "draw_noise", spy)
+    job = job_of("--mode", "bc-stochastic")
+    first, step = run.initial_state(job), run.make_step(job)
+    second, _ = step(first, 0.1)
+    step(second, 0.1)
+    step({**first, "epoch": 1}, 0.1)
+    step(first, 0.1)
+    assert same(drawn[0], drawn[3])
+    for other in (drawn[1], drawn[2]):
+        assert not same(drawn[0], other)
+
+
+def test_batch_norm_in_the_file_has_the_statistics_of_the_final_signs_on_training_images(bc_run):
+    content = bcq.read_checkpoint(bc_run[0] / "model.pth")
+    job = job_of("--mode", "bc")
+    params, buffers = ({k: content["net"][k] for k in d} for d in (job.params, job.buffers))
+    training = list(run.batches(job.data, "train", 50))
+    expected = bcq.batch_norm_statistics(job.model, params, buffers, training)
+    for name, found in buffers.items():
+        torch.testing.assert_close(found, expected[name])
+
+
 def test_xnor_on_inputs_that_are_never_negative_is_refused(tmp_path):
     (tmp_path / "net.py").write_text(
         "import torch.nn as nn\n"
@@ -333,6 +378,17 @@ def test_a_teacher_and_mixed_images_make_labels_of_probabilities(fp32_run):
     assert torch.allclose(found, expected, atol=1e-6)
     state, metrics = run.make_step(job)(run.initial_state(job), 0.1)
     assert metrics["loss"].isfinite() and state["step"] == 1
+
+
+def test_a_teachers_labels_are_not_smoothed_again(fp32_run):
+    job = job_of("--real-epochs", 0, "--teacher", fp32_run / "model.pth")
+    state = run.initial_state(job)
+    _, metrics = run.make_step(job)(state, 0.1)
+    x, labels = run.make_images(job)(0, 0, slice(None))
+    taught = run.blend_teacher(x, torch.eye(10)[labels], job)
+    weights = bcq.quantize_params(state["params"], job.methods)
+    logits, _ = bcq.apply(job.model, weights, state["buffers"], x, train=True)
+    torch.testing.assert_close(metrics["loss"], -(taught * logits.log_softmax(1)).sum(1).mean())
 
 
 @pytest.fixture(scope="module")
