@@ -31,7 +31,10 @@ import inspect
 import io
 import os
 import struct
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -167,19 +170,19 @@ def quantize_params(params, methods, noise=None):
     return weights
 
 
-def clip_params(params, methods):
-    """The params with method.clip(w) in place of each w in methods: never batch norm, never biases.
+def clip_param(name, w, methods):
+    """The latent weight of that name, clipped by its method; a learned step size, above 0."""
+    if name in methods:
+        return methods[name].clip(w)
+    if ":" in name:
+        return w.clamp(min=torch.finfo(w.dtype).tiny)
+    return w
 
-    Learned step sizes, entries with a colon, stay above 0. Raises KeyError for names not in params.
-    """
+
+def clip_params(params, methods):
+    """The params with clip_param of each: never batch norm, never biases. Raises KeyError."""
     check_names(params, methods)
-    clipped = dict(params)
-    for name, w in params.items():
-        if name in methods:
-            clipped[name] = methods[name].clip(w)
-        elif ":" in name:
-            clipped[name] = w.clamp(min=1e-6)
-    return clipped
+    return {name: clip_param(name, w, methods) for name, w in params.items()}
 
 
 def draw_noise(params, names, generator):
@@ -210,12 +213,15 @@ def split(model):
 def apply(model, params, buffers, x, train=False):
     """The model's output for x, computed with these params and buffers: (logits, new buffers).
 
-    x: what the model's forward takes; a tuple is taken as several arguments. train: as in
+    x: what the model's forward takes; a tuple or a list is taken as several arguments. train: as in
     model.train(train). Entries of params with a colon are not the model's; an OwnLayer in place of
-    a tensor computes its own layer (part two). The model is left as it was, but not touched by two
-    threads at once. Raises RuntimeError if a tensor is missing: torch would take the module's own,
-    silently.
+    a tensor computes its own layer (part two). The model is left as it was; while it runs it holds
+    these tensors, so two threads need two models. A forward that writes into a parameter (as an
+    embedding with max_norm does) writes into params. Raises RuntimeError if a tensor is missing:
+    torch would take the module's own, silently.
     """
+    if isinstance(x, list):
+        x = tuple(x)
     tensors = {}
     for name, w in params.items():
         if isinstance(w, OwnLayer):
@@ -260,6 +266,29 @@ def square_hinge(logits, labels):
     return (labels * at_label + (1 - labels) * elsewhere).mean()
 
 
+@contextmanager
+def no_second_forward(model):
+    """Raises RuntimeError if a module of the model runs while this lasts: in the backward pass.
+
+    Activation checkpointing runs it again there, where it has its own weights, and not these.
+    """
+
+    def refuse(module, inputs):
+        raise RuntimeError(
+            "the model runs again in the backward pass (activation checkpointing), with weights "
+            "that are not those of the step: switch that off, as by memory_efficient=False"
+        )
+
+    hooks = []
+    if not torch.compiler.is_compiling():
+        hooks = [module.register_forward_pre_hook(refuse) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
     """BinaryConnect as a pure function: Algorithm 1 of the paper.
 
@@ -285,18 +314,20 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
 
         weights = quantize_params({**still, **latent}, methods, noise)  # the binary weights wb
         logits, buffers = forward(model, weights, buffers, x, train=True)  # forward with wb
+        truth = true_classes(logits, labels)
         cost = loss(logits, labels)
-        grads = torch.autograd.grad(cost, list(latent.values()), materialize_grads=True)  # dC/dwb
-        grads = dict(zip(latent, grads, strict=True))
+        with no_second_forward(model):
+            grads = torch.autograd.grad(cost, list(latent.values()), materialize_grads=True)
+        grads = dict(zip(latent, grads, strict=True))  # dC/dwb
 
         with torch.no_grad():
-            updates, opt_state = optimizer.update(grads, opt_state, latent, lr)
-            moved = {name: w + updates[name] for name, w in latent.items()}  # dC/dwb moves w
-            moved = clip_params(moved, moving)  # w = clip(w + update, -1, 1)
+            del weights  # done with: their memory is for the update
+            updates, opt_state = optimizer.update(grads, opt_state, latent, lr)  # dC/dwb moves w
+            moved = {}
+            for name, update in updates.items():
+                w = latent[name] + update
+                moved[name] = clip_param(name, w, moving)  # w = clip(w + update, -1, 1)
 
-            truth = labels
-            if labels.ndim > 1:
-                truth = labels.argmax(1)
             accuracy = (logits.argmax(1) == truth).float().mean()
         metrics = {"loss": cost.detach(), "accuracy": accuracy}
         return {**params, **still, **moved}, buffers, opt_state, metrics
@@ -365,7 +396,7 @@ class BC(nn.Module):
         self._check_unchanged()
         self.save_params()
         for name, w in self._latent().items():
-            check_no_nan(name, w)
+            check_finite(name, w)
         self.binary_params = list(quantize_params(self._latent(), self.methods).values())
         self._write(self.binary_params)
 
@@ -389,10 +420,10 @@ class BC(nn.Module):
         return self.model(*inputs)
 
 
-def check_no_nan(name, w):
-    """Raises ValueError if the weight has a NaN: it has no sign."""
-    if w.isnan().any():
-        raise ValueError(f"{name}: NaN in the weights (is the learning rate too high?)")
+def check_finite(name, w):
+    """Raises ValueError, with the name, if a tensor has a NaN, which has no sign, or an inf."""
+    if not w.isfinite().all():
+        raise ValueError(f"{name}: NaN or inf in it (was the learning rate too high?)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,17 +436,42 @@ def evaluate(model, params, buffers, batches, forward=apply):
     """The network's accuracy (0 to 1), mean cross-entropy and number of images, in evaluation mode.
 
     params are used as they are: give it quantize_params(latent, methods) for the 1-bit network.
-    batches: pairs (x, labels). Returns a dict. Raises ValueError if there are no images.
+    batches: pairs (x, labels), see true_classes. Returns a dict. Raises ValueError if there are no
+    images, or if labels do not fit what the model gives.
     """
-    correct = loss = images = 0
+    correct = loss = images = count = 0
     for x, labels in batches:
         logits, _ = forward(model, params, buffers, x)
-        correct += (logits.argmax(1) == labels).sum()
+        truth = true_classes(logits, labels)
+        correct += (logits.argmax(1) == truth).sum()
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         images += len(labels)
+        count += truth.numel()  # one for each image, or for each of its pixels
     if images == 0:
         raise ValueError("no images to evaluate on")
-    return {"accuracy": correct.item() / images, "loss": loss.item() / images, "images": images}
+    return {"accuracy": correct.item() / count, "loss": loss.item() / count, "images": images}
+
+
+def true_classes(logits, labels):
+    """The labels as classes, int64: (n,), or (n, ...) of dense logits (n, classes, ...).
+
+    labels: so already, or probabilities, shaped as the logits. Raises ValueError for other shapes,
+    and for a model that gives no tensor.
+    """
+    if not torch.is_tensor(logits):
+        kind = type(logits).__name__
+        raise ValueError(
+            f"the model gives a {kind}, not logits: pass a forward that takes the logits out of it"
+        )
+    classes = labels
+    if labels.is_floating_point() and labels.shape == logits.shape:
+        classes = labels.argmax(1)
+    if classes.shape != logits.shape[:1] + logits.shape[2:]:
+        raise ValueError(
+            f"labels {shape_text(labels.shape)} do not fit logits {shape_text(logits.shape)}: "
+            "they are classes (n,), or probabilities (n, classes)"
+        )
+    return classes
 
 
 def batch_norms(model):
@@ -479,7 +535,7 @@ def zeros_like(params):
 
 
 def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
-    """Stochastic gradient descent with momentum. Source: Sutskever et al. 2013."""
+    """Stochastic gradient descent with momentum, as torch.optim.SGD has it."""
 
     def update(grads, state, params, lr):
         updates, velocities = {}, {}
@@ -585,13 +641,18 @@ def per_filter(values, ndim):
     return values.view([-1] + [1] * (ndim - 1))
 
 
+def wide_dtype(w):
+    """The dtype in which sums of a tensor are taken: its own, but float32 at least."""
+    return torch.promote_types(w.dtype, torch.float32)
+
+
 def binarize_scaled(w):
     """alpha * sign(w), alpha the mean of abs(w) over each output filter: BWN and XNOR-Net.
 
     w: float (out, ...). Source: Rastegari et al. 2016, arXiv:1603.05279, section 3.1.
     """
-    alpha = w.abs().flatten(1).mean(1)
-    return per_filter(alpha, w.ndim) * binarize(w)
+    alpha = w.abs().flatten(1).mean(1, dtype=wide_dtype(w))
+    return per_filter(alpha.to(w.dtype), w.ndim) * binarize(w)
 
 
 def binarize_he(w):
@@ -605,9 +666,11 @@ def ternarize(w):
 
     w: float, any shape, with one alpha. Source: Li et al. 2016, arXiv:1605.04711, section 2.
     """
-    kept = ~(w.abs() <= 0.7 * w.abs().mean())  # a NaN is kept, and seen
-    alpha = (w.abs() * kept).sum() / kept.sum().clamp(min=1)
-    return torch.where(kept, alpha * binarize(w), 0.0)
+    size = w.abs().to(wide_dtype(w))
+    threshold = 0.7 * size.mean()
+    kept = ~((size <= threshold) & threshold.isfinite())  # what is not finite is kept, and seen
+    alpha = (size * kept).sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, alpha * binarize(w), 0.0).to(w.dtype)
 
 
 def no_clip(w):
@@ -623,9 +686,11 @@ TERNARY = Method(ternarize, no_clip)
 def magnitude_masks(params, names, share):
     """The masks {name: bool} that drop that share, 0 to 1, of the weights: the smallest ones.
 
-    The share is of all the weights in names together. Source: after Han et al. 2015,
-    arXiv:1506.02626.
+    The share is of all the weights in names together. Raises ValueError for a share beyond 0 to 1.
+    Source: after Han et al. 2015, arXiv:1506.02626.
     """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of {share}: it is from 0 to 1, as 0.5 is for a half")
     magnitudes = torch.cat([params[name].abs().flatten() for name in names])
     smallest = magnitudes.argsort(stable=True)[: round(share * len(magnitudes))]
     kept = torch.ones_like(magnitudes, dtype=torch.bool)
@@ -906,7 +971,7 @@ def min_max(x, bits):
     """The grid (scale, zero_point) over the values of x and 0: a tensor and an int."""
     low = x.min().clamp(max=0)
     high = x.max().clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(x.dtype).tiny)
     zero_point = min(2**bits - 1, round((-low / scale).item()))
     return scale, zero_point
 
@@ -914,7 +979,10 @@ def min_max(x, bits):
 def min_mse(x, bits):
     """The grid (scale, zero_point) of least squared error on x, of 40 parts of min_max's."""
     x = x.flatten()
-    x = x[:: max(1, len(x) // 50_000)].float()
+    if len(x) > 50_000:  # so many of them say enough
+        chosen = torch.randint(len(x), (50_000,), generator=torch.Generator().manual_seed(0))
+        x = x[chosen.to(x.device)]
+    x = x.float()
     widest, zero_point = min_max(x, bits)
     errors = []
     for part in range(1, 41):
@@ -930,12 +998,13 @@ def calibrate_inputs(model, params, buffers, x, bits, fit=min_max):
 
     bits: {weight's name: bits}. x: training images, never test images, as the network takes them.
     fit: min_max or min_mse, of what the layer receives; where a layer is called twice, the last
-    time.
+    time. Raises ValueError where an input has a NaN or an infinity.
     """
     scales, grids = {}, {}
 
     def watcher(name):
         def watch(x):
+            check_finite(f"the input of {name}", x)
             scales[f"{name}:input_step_size"], zero_point = fit(x.float(), bits[name])
             grids[name] = (bits[name], zero_point)
             return x
@@ -1131,9 +1200,18 @@ def conv_geometry(kernel, stride=1, padding=0, dilation=1, groups=1):
 
 def pack_bits(q, bits):
     """Integers from 0 to 2^bits - 1, any shape, as a row of bytes, uint8, the low bits first."""
-    spread = (q.flatten()[:, None].int() >> torch.arange(bits, device=q.device)) & 1
-    spread = F.pad(spread.flatten(), (0, -spread.numel() % 8)).view(-1, 8)
-    return (spread << torch.arange(8, device=q.device)).sum(1).to(torch.uint8)
+    q = q.flatten().to(torch.uint8)
+    width = 1
+    if 8 % bits == 0:
+        width = bits  # an integer goes into a byte as a whole
+    else:
+        places = torch.arange(bits, dtype=torch.uint8, device=q.device)
+        q = ((q[:, None] >> places) & 1).flatten()
+    q = F.pad(q, (0, -len(q) % (8 // width))).view(-1, 8 // width)
+    data = torch.zeros(len(q), dtype=torch.uint8, device=q.device)
+    for i in range(8 // width):
+        data |= q[:, i] << (i * width)
+    return data
 
 
 def unpack_bits(data, bits, shape):
@@ -1278,9 +1356,11 @@ def pack(params, bits, grids=None):
         plain, shift = w, None
         if isinstance(w, Shifted):
             plain, shift = w.weight, w.shift
-        check_no_nan(name, plain)
+        if plain.isnan().any():
+            raise ValueError(f"{name}: NaN in it (was the learning rate too high?)")
         check_bits(name, bits.get(name, 32), grids.get(name))
         if bits.get(name, 32) <= 8:
+            check_finite(name, plain)
             packed[name] = pack_weight(name, plain, shift, bits[name], grids.get(name), params)
     return packed
 
@@ -1354,10 +1434,31 @@ def neutral_statistics(model, like=None):
     return neutral
 
 
-def fold_pairs(model):
+def norm_ranks(model, x):
+    """The dimensions of what each batch norm receives for x, {name: int}; {} if x fails."""
+    ranks = {}
+
+    def watcher(name):
+        def watch(module, inputs):
+            ranks[name] = inputs[0].ndim
+
+        return watch
+
+    model = copy.deepcopy(model).cpu()
+    for name, norm in batch_norms(model).items():
+        norm.register_forward_pre_hook(watcher(name))
+    try:
+        apply(model, *split(model), x)
+    except Exception:  # of the user's code: x is not what it takes
+        return {}
+    return ranks
+
+
+def fold_pairs(model, shape=(3, 32, 32)):
     """The batch norms that stand right behind a layer of their own: {norm: layer}.
 
-    Only what torch.fx shows: {} for a model that it cannot trace.
+    Only where torch.fx and an image of zeros, of that shape, show that the norm is over the layer's
+    outputs: behind a Linear on (n, tokens, c), say, it is over the tokens. {} for other models.
     """
     try:
         graph = torch.fx.symbolic_trace(copy.deepcopy(model).eval()).graph
@@ -1367,7 +1468,9 @@ def fold_pairs(model):
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             layers[name] = module
-    norms = [name for name, norm in batch_norms(model).items() if norm.affine]
+    ranks = norm_ranks(model, torch.zeros(1, *shape))
+    norms = [name for name, norm in batch_norms(model).items() if norm.affine and name in ranks]
+    parameters = dict(model.named_parameters())
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     read_elsewhere = {
         node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"
@@ -1382,14 +1485,20 @@ def fold_pairs(model):
 
     def is_unshared(layer):
         shared = [p for p in layers[layer].parameters() if owners.count(id(p)) > 1]
-        return not shared and layer not in read_elsewhere
+        plain = f"{layer}.weight" in parameters  # and not computed from others
+        return not shared and plain and layer not in read_elsewhere
 
     pairs = {}
     for node in graph.nodes:
         if not is_single_call(node, norms) or not node.args:
             continue
         layer = node.args[0]
-        if is_single_call(layer, layers) and len(layer.users) == 1 and is_unshared(layer.target):
+        if not is_single_call(layer, layers) or len(layer.users) > 1:
+            continue
+        rank = 4  # of a convolution's outputs: (n, c, h, w)
+        if isinstance(layers[layer.target], nn.Linear):
+            rank = 2
+        if ranks[node.target] == rank and is_unshared(layer.target):
             pairs[node.target] = layer.target
     return pairs
 
@@ -1419,15 +1528,15 @@ def fold(params, pairs):
     return params
 
 
-def deploy(model, params, buffers, bits, grids=None):
-    """The network as it is deployed: (packed params, buffers). Arguments as pack has them.
+def deploy(model, params, buffers, bits, grids=None, shape=(3, 32, 32)):
+    """The network as it is deployed: (packed params, buffers). Arguments: see pack, fold_pairs.
 
     Batch norm becomes two vectors, folded into the layer before it where fold_pairs shows that to
     be right and the layer's weights are not of 1 bit.
     """
     params, buffers = scale_and_shift(model, params, buffers)
     pairs = {}
-    for norm, layer in fold_pairs(model).items():
+    for norm, layer in fold_pairs(model, shape).items():
         if bits.get(f"{layer}.weight") != 1:
             pairs[norm] = layer
     return pack(fold(params, pairs), bits, grids), buffers
@@ -1590,9 +1699,11 @@ def save_checkpoint(path, net, hyperparam, **meta):
     hyperparam: the constructor's arguments, a dict; meta: tensors, numbers, strings, dicts, lists.
     Raises OSError.
     """
+    content = to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu")
+    for key, value in content.items():
+        check_savable(path, key, value)
     stream = io.BytesIO()
-    content = {"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}
-    torch.save(to_device(content, "cpu"), stream)
+    torch.save(content, stream)
     # a zip archive ends with the length of its comment: from 0 to that of the seal and its checksum
     sealed = stream.getvalue()[:-2] + struct.pack("<H", len(SEAL) + 32) + SEAL
     temporary = Path(f"{path}.tmp")
@@ -1604,6 +1715,22 @@ def save_checkpoint(path, net, hyperparam, **meta):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+SAVED_KINDS = (int, float, str, bytes, type(None), torch.Tensor, torch.Size, torch.dtype)
+
+
+def check_savable(path, key, value):
+    """Raises ValueError, naming the key, for a value that read_checkpoint would refuse to read."""
+    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
+        for inner, part in value.items():
+            check_savable(path, f"{key}: {inner}", part)
+    elif type(value) in (list, tuple):
+        for i, part in enumerate(value):
+            check_savable(path, f"{key}: {i}", part)
+    elif type(value) not in (*SAVED_KINDS, bool, nn.Parameter):
+        kind = type(value).__name__
+        raise ValueError(f"{path}: {key} is a {kind}; a checkpoint holds tensors, numbers, strings")
 
 
 def read_checkpoint(path):
@@ -1621,8 +1748,12 @@ def read_checkpoint(path):
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that it cannot read
         why = "damaged, or not one"
-        if "weights_only" in str(error).lower():
-            why = "it holds a pickled object"
+        if data[8:10] == b'{"':
+            why = "a safetensors file: load it with that library and save its dict by torch.save"
+        elif "torchscript" in str(error).lower():
+            why = "a TorchScript archive: save its state_dict() by torch.save"
+        elif "weights_only" in str(error).lower():
+            why = "it holds a pickled object: save the state_dict(), not the module"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -1643,22 +1774,32 @@ def rename_step_sizes(value):
     return renamed
 
 
+NET_NAMES = ("net", "state_dict", "model_state_dict", "model")
+LEFT_BY_COUNTERS = ("total_ops", "total_params", "n_averaged")  # beside the weights
+
+
 def load_checkpoint(path, build):
     """The network in a file: (model, params, buffers, meta), params being what it computes with.
 
     build: the constructor, called as build(**hyperparam), build(hyperparam) for a single value, or
     build(). meta: all else in the file, latent weights included. A plain state dict, or one under
-    "net", with the prefixes of wrappers, is read too. Raises OSError, or ValueError with exactly
-    the keys that do not fit; what a constructor raises goes through.
+    "net" or another usual name, with the prefixes of wrappers, is read too; what counters leave in
+    it is left out, with a warning. Raises OSError, or ValueError with the keys that do not fit;
+    what a constructor raises goes through.
     """
     content = read_checkpoint(path)
     model = construct(path, build, content.get("hyperparam"))
     net, meta = content, {}
-    if "net" in content:
-        net = content["net"]
-        meta = {key: v for key, v in content.items() if key != "net"}
-    net = fit_names(net, model.state_dict(), path)
-    model.load_state_dict(net)
+    for name in NET_NAMES:
+        if name in content:
+            net = content[name]
+            meta = {key: v for key, v in content.items() if key != name}
+            break
+    expected = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t)}
+    net = fit_names(net, expected, path)
+    state = OrderedDict(net)
+    state._metadata = model.state_dict()._metadata  # the versions that some modules ask for
+    model.load_state_dict(state, strict=False)  # fit_names has seen that all is there
 
     params, buffers = split(model)
     for tensors in (params, buffers):
@@ -1688,7 +1829,14 @@ def fit_names(net, expected, path):
     """net without the prefixes of wrappers. ValueError with the keys that do not fit expected."""
     if not isinstance(net, dict):
         raise ValueError(f"{path}: its net is a {type(net).__name__}, not a dict of tensors")
-    found = {strip_prefixes(str(name), expected): t for name, t in net.items()}
+    found, left_out = {}, []
+    for name, t in net.items():
+        name = strip_prefixes(str(name), expected)
+        ending = name.rpartition(".")[2]
+        if name not in expected and ending in (*LEFT_BY_COUNTERS, "_extra_state"):
+            left_out.append(name)
+        else:
+            found[name] = t
     wrong = []
     for name, t in expected.items():
         if name not in found:
@@ -1699,9 +1847,12 @@ def fit_names(net, expected, path):
             wrong.append(f"{name} is {shape_text(shape)}, expected {shape_text(t.shape)}")
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     if wrong:
-        raise ValueError(
-            f"{path}: {len(wrong)} of its keys do not fit the model: {'; '.join(wrong)}"
-        )
+        words = "; ".join(wrong[:5])
+        if len(wrong) > 5:
+            words += f"; and {len(wrong) - 5} more"
+        raise ValueError(f"{path}: {len(wrong)} of its keys do not fit the model: {words}")
+    if left_out:
+        warnings.warn(f"{path}: left out {', '.join(left_out[:3])}: no weights", stacklevel=3)
     return found
 
 
@@ -1741,6 +1892,9 @@ MOVES |= {"full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones",
 MOVES |= {"zeros_like"}
 MOVES |= {"scalar_tensor", "zeros", "zero", "fill", "_local_scalar_dense", "index", "gather"}
 MOVES |= {"index_select", "embedding", "pixel_shuffle", "pixel_unshuffle", "roll", "tril", "triu"}
+# What has two inputs, but multiplies no matrices:
+ELEMENTWISE = {"_prelu_kernel", "grid_sampler_2d", "scatter", "scatter_add", "index_put"}
+ELEMENTWISE |= {"index_add", "index_copy", "masked_scatter", "embedding_bag"}
 # Two operations a value:
 NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"}
 NORMS |= {"cudnn_batch_norm", "_batch_norm_no_update", "native_layer_norm", "native_group_norm"}
@@ -1850,7 +2004,8 @@ class OperationCounter(TorchDispatchMode):
 def other_operation(function, name, inputs, outputs):
     """The Operation of what is no product. Raises ValueError for what might be one."""
     factors = [t for t in inputs if t.is_floating_point() and t.ndim > 0]
-    if len(factors) > 1 and torch.Tag.pointwise not in function.tags and name not in NORMS:
+    known = torch.Tag.pointwise in function.tags or name in (*NORMS, *ELEMENTWISE)
+    if len(factors) > 1 and not known:
         raise ValueError(f"cannot count {function}: it may be a product, of how many terms?")
     reads = max([t.numel() for t in inputs], default=0)
     return Operation(str(function), None, outputs[0].numel(), 0, reads, False)
