@@ -9,6 +9,7 @@ deployment, sweeps, the command line.
 """
 
 import argparse
+import copy
 import ctypes
 import dataclasses
 import hashlib
@@ -34,6 +35,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
+from fnmatch import fnmatch
 from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 
@@ -86,8 +88,8 @@ class Config:
     frozen: tuple = ()  # the names of parameters that are not trained
     latents: str = "model"  # where weights begin: as the model has them, or "uniform" in [-1, 1]
     act: str | None = None  # None: the model's own activation
-    w_bits: int | None = None
-    a_bits: int | None = None
+    w_bits: str | None = None  # see spread_bits
+    a_bits: str | None = None
     prune: float = 0.0
 
     optimizer: str = "sgd"
@@ -107,7 +109,7 @@ OPTIMIZERS = {
     "adam-glorot": {"lr": 3e-3},
     "muon": {"lr": 0.15, "momentum": 0.4, "rest_lr": 5.0, "rest_momentum": 0.85},
 }
-PRESETS = {  # the rows of a model, of all low-bit modes ("bc"), of a mode, of a model in a mode
+PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model in a mode
     "fast": {
         "epochs": 11,
         "batch_size": 500,
@@ -117,7 +119,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes ("bc"), of a mode, of a
         "frozen": ("stem.weight",),
         "norm_images": 5000,
     },
-    "bc": {"weight_decay": 0.0},
+    "low-bit": {"weight_decay": 0.0},
     "fast bc": {
         "epochs": 9,
         "real_epochs": 3,
@@ -126,7 +128,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes ("bc"), of a mode, of a
     # Latent weights that come near the bound are drawn with clear probabilities.
     "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375},
     "xnor": {"act": "hardtanh"},
-    "lsq": {"w_bits": 4, "a_bits": 4},
+    "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"lr": 0.05, "frozen": ()},
     "paper": {
         "epochs": 500,
@@ -157,7 +159,7 @@ BITS = {"bc": 1, "bc-stochastic": 1, "bwn": 1, "bwn-he": 1, "xnor": 1, "ternary"
 def preset(mode, model, paper=False, **flags):
     """The name of a preset, and the fields of Config that it and the flags set."""
     name = f"{model} {mode}"
-    rows = [model, "bc", mode, name]
+    rows = [model, "low-bit", mode, name]
     if mode == "fp32":
         rows = [model, name]
     if paper:
@@ -319,6 +321,8 @@ def decode(path, resize=False):
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits of gray, which convert would cut off
+                image = image.convert("I").point(to_8_bits).convert("L")
             if resize:
                 image = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
             form = f"{image.mode} of {image.width}x{image.height}"
@@ -331,6 +335,11 @@ def decode(path, resize=False):
     if form != "RGB of 32x32":
         raise ValueError(f"{path}: {form}, expected RGB of 32x32")
     return pixels.view(32, 32, 3).permute(2, 0, 1).contiguous()
+
+
+def to_8_bits(value):
+    """A gray value of 16 bits as one of 8."""
+    return value * (1 / 256)
 
 
 def find_data(dataset, data_dir):
@@ -430,7 +439,7 @@ def prepare(x, data):
         x = ((equalize_contrast(x) - mean) @ matrix).view(x.shape)
     else:
         x = normalize(x, data["mean"], data["std"])
-    return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous()
 
 
 def normalize(x, mean, std):
@@ -540,9 +549,10 @@ def broadcast(value, world, device):
 
 def sum_over_processes(values, world, device):
     """Numbers summed over the processes, as a list of floats."""
+    if world.size == 1:
+        return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    if world.size > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -572,7 +582,7 @@ def average_buffers(buffers, world):
 
 
 def choose_device(name=None, threads=None, processes=1):
-    """The device of that name, or cuda where there is one, or the CPU; and so many CPU threads.
+    """The device of that name, or the accelerator that torch finds, or the CPU; so many threads.
 
     processes: that share this machine's cores. Raises ValueError for a device that is not there.
     """
@@ -582,14 +592,14 @@ def choose_device(name=None, threads=None, processes=1):
     torch.set_num_threads(threads or usual)
 
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cpu"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"--device {name}: {one_line(error)}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: neither cpu nor cuda")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in products of matrices
     if device.type == "cpu":
         keep_memory()
@@ -619,9 +629,10 @@ def keep_memory():
 
 def choose_dtype(device):
     """'bf16' where it is fast: Ampere or later, or a CPU with AMX or AVX-512-BF16; else 'fp32'."""
+    fast = device.type == "xpu"
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
+    if device.type == "cpu":
         fast = bool({"amx_bf16", "avx512_bf16"} & set(read_cpuinfo("flags").split()))
     return "bf16" if fast else "fp32"
 
@@ -630,6 +641,8 @@ def device_name(device):
     """What the device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
     return read_cpuinfo("model name") or platform.processor()
 
 
@@ -685,6 +698,7 @@ def guard(function, doing):
     return guarded
 
 
+@cache  # a user's file is run once
 def find_builder(name):
     """The constructor that --model names: a key of models.MODELS, or FILE.py:NAME."""
     if name in models.MODELS:
@@ -697,10 +711,15 @@ def find_builder(name):
         raise ValueError(f"--model {name}: there is no file {file}")
 
     with users_code(f"reading {file}"):
+        folder = Path(file).resolve().parent
+        if folder != Path(__file__).resolve().parent:
+            for ours in ("bcq", "models", "run"):  # what lies beside their file wins for it
+                if (folder / ours).is_dir() or (folder / f"{ours}.py").exists():
+                    sys.modules.pop(ours, None)
+        sys.path.insert(0, str(folder))
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)  # where dataclasses look for it
-        sys.path.append(str(Path(file).resolve().parent))  # for its imports of what lies beside it
+        sys.modules[spec.name] = module  # where dataclasses look for it
         spec.loader.exec_module(module)
     build = getattr(module, attribute, None)
     if not callable(build):
@@ -716,9 +735,12 @@ def default_width(name):
     return width.default
 
 
-def build_model(config):
-    """The network of a configuration, initialised by its seed: (model, hyperparam)."""
-    build = find_builder(config.model)
+def build_model(config, name):
+    """The network of a configuration, initialised by its seed: (model, hyperparam).
+
+    name: its model, as --model has it, with the whole path of a user's file.
+    """
+    build = find_builder(name)
     takes = inspect.signature(build).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     hyperparam = {}
@@ -735,7 +757,7 @@ def build_model(config):
     return model, hyperparam
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """A network that can be run: its source is a file, or the flag that names its model."""
 
@@ -762,7 +784,7 @@ def load_network(path, device, name=None, fp32=False, **hyperparam):
     """
     content = bcq.read_checkpoint(path)
     config, packed = content.get("config"), "packed" in content
-    if not name and isinstance(config, dict):
+    if not name and "bcq" in content and isinstance(config, dict):
         name = config.get("model")
     if not isinstance(name, str):
         raise ValueError(f"{path}: does not say of which model it is (for --checkpoint: --model)")
@@ -771,6 +793,8 @@ def load_network(path, device, name=None, fp32=False, **hyperparam):
         build = partial(build, **hyperparam)
     load = bcq.load_packed if packed else bcq.load_checkpoint
     model, params, buffers, meta = load(path, build)
+    if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
+        meta = {"hyperparam": content.get("hyperparam")}
     refuse_nan(path, {**params, **buffers})
     refuse_nan(path, meta.get("latent", {}))
 
@@ -799,12 +823,35 @@ def refuse_nan(path, tensors):
             raise ValueError(f"{path}: {name} has values that are no numbers")
 
 
+def channels_last(forward):
+    """A forward to pass in place of another: with images in channels-last memory, often faster."""
+
+    def forward_channels_last(model, params, buffers, x, train=False):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return forward(model, params, buffers, x, train)
+
+    return forward_channels_last
+
+
 @torch.no_grad()
-def check_network(net, x, classes, train=False):
-    """Raises ValueError where the network does not map images to a logit for each class."""
-    found = tuple(net(x, train).shape)
+def fit_network(net, x, classes, train=False):
+    """The network, given its images in channels-last memory where it takes them so.
+
+    Raises ValueError where it does not map images to a logit for each class.
+    """
+    fitted = replace(net, forward=channels_last(net.forward))
+    try:
+        logits = fitted(x, train)
+    except InUsersCode:  # a view, say, of a map that has to lie in planes
+        fitted = net
+        logits = net(x, train)
+    if not torch.is_tensor(logits):
+        kind = type(logits).__name__
+        raise ValueError(f"{net.source}: gives a {kind}, not logits: have its forward give those")
+    found = tuple(logits.shape)
     if found != (len(x), classes):
         raise ValueError(f"{net.source}: gives {found} for {len(x)} images of {classes} classes")
+    return fitted
 
 
 def test_network(net, data):
@@ -821,6 +868,7 @@ def test_network(net, data):
 class Source:
     """Where a run has things from, on this machine: saved, so that it can go on."""
 
+    model: str = Config.model
     dataset: str | None = None
     data_dir: str = "data"
     init: str | None = None
@@ -875,9 +923,9 @@ def prepare_job(config, source, world=World(), saved=None):
     data = split_validation(data, config.val, config.subset, config.seed)
     config = fit_batch(config, len(data["train_y"]), world)
 
-    model, hyperparam = build_model(config)
+    model, hyperparam = build_model(config, source.model)
     if source.init and not saved:
-        init = load_network(source.init, device, config.model, fp32=True, **hyperparam)
+        init = load_network(source.init, device, source.model, fp32=True, **hyperparam)
         if init.meta.get("masks"):
             config = keep_zeros(config)
     data = bcq.to_device(add_preparation(data, config, saved, init, teacher), device)
@@ -887,7 +935,11 @@ def prepare_job(config, source, world=World(), saved=None):
     still = [name for name, p in model.named_parameters() if not p.requires_grad]
     frozen = tuple(dict.fromkeys([*config.frozen, *still]))  # what a user's model froze stays so
     config = replace(config, frozen=frozen, zca="zca" in data)
-    check_networks(config, data, model, teacher)
+    if config.batch_size == world.size and bcq.batch_norms(model):
+        raise ValueError("a batch of 1 image has no statistics for batch norm: take 2 or more")
+    in_planes = not takes_channels_last(config, data, model)
+    if teacher:
+        teacher = fit_teacher(teacher, config, data)
 
     if saved:
         parts = {key: saved[key] for key in ("bits", "grids", "masks")}
@@ -905,6 +957,8 @@ def prepare_job(config, source, world=World(), saved=None):
         forward = bcq.autocast_forward(torch.bfloat16)
     if parts["grids"]:
         forward = bcq.quantized_inputs(parts["grids"], forward)
+    if not in_planes:
+        forward = channels_last(forward)
     if not config.compile:  # a graph takes no guard
         forward = guard(forward, f"running --model {config.model}")
 
@@ -974,20 +1028,24 @@ def add_preparation(data, config, saved, init, teacher):
     return data
 
 
-def check_networks(config, data, model, teacher):
-    """Raises ValueError where the model, or the teacher, does not map these images to logits."""
+def takes_channels_last(config, data, model):
+    """Whether the model takes images in channels-last memory. ValueError if it gives no logits."""
     x = prepare(data["train_x"][:2], data)
     params, buffers = bcq.split(model)
     flag = f"--model {config.model}"
     net = Network(flag, config.model, model, params, buffers, guard(bcq.apply, f"running {flag}"))
-    check_network(net, x, config.classes)
-    check_network(net, x, config.classes, train=True)
-    if teacher:
-        known = {key: teacher.meta[key] for key in PREPARED if key in teacher.meta}
-        if known and not torch.equal(prepare(data["train_x"][:2], known), x):
-            why = "was trained on images prepared in another way"
-            raise ValueError(f"--teacher {teacher.source}: {why}")
-        check_network(teacher, x, config.classes)
+    fitted = [fit_network(net, x, config.classes, train) for train in (False, True)]
+    return net not in fitted
+
+
+def fit_teacher(teacher, config, data):
+    """The teacher as fit_network has it. Raises ValueError where it knows other images."""
+    x = prepare(data["train_x"][:2], data)
+    known = {key: teacher.meta[key] for key in PREPARED if key in teacher.meta}
+    if known and not torch.equal(prepare(data["train_x"][:2], known), x):
+        why = "was trained on images prepared in another way"
+        raise ValueError(f"--teacher {teacher.source}: {why}")
+    return fit_network(teacher, x, config.classes)
 
 
 def begin(config, data, model, init):
@@ -1000,8 +1058,10 @@ def begin(config, data, model, init):
     if init:
         params, buffers, masks = take_weights(init, params, buffers)
     inner = config.mode != "xnor"  # which leaves the first and the last layer in full precision
-    names = bcq.quantizable(model, first=inner, last=inner)
-    if not names:
+    names = []
+    if config.mode != "fp32" or config.prune or masks:
+        names = bcq.quantizable(model, first=inner, last=inner)
+    if not names and config.mode != "fp32":
         raise ValueError(f"--mode {config.mode}: no layer stands between the first and the last")
     if config.prune:
         kept = {name: params[name] * masks.get(name, 1) for name in names}
@@ -1011,7 +1071,9 @@ def begin(config, data, model, init):
         why = f"its zeros are in other layers than --mode {config.mode}'s"
         raise ValueError(f"{init.source}: {why}")
     if config.mode == "lsq":
-        bits = inner_bits(names, config.w_bits)
+        bits = spread_bits(names, config.w_bits, ends=8)
+        if masks and 1 in bits.values():
+            raise ValueError("--w-bits 1: pruned weights have a third value, 0, and take 2 bits")
     elif config.mode == "fp32":
         bits = dict.fromkeys(masks, 32)
     elif masks:
@@ -1029,10 +1091,11 @@ def begin(config, data, model, init):
             refuse_blind_signs(model, params, own, x, names)
             grids = dict.fromkeys(names, (1, 1))
         else:
-            a_bits = inner_bits(names, config.a_bits)
+            a_bits = spread_bits(names, config.a_bits, ends=8)
             steps, grids = bcq.calibrate_inputs(model, params, own, x, a_bits, bcq.min_mse)
             for name in names:
-                steps[f"{name}:step_size"], _ = bcq.min_mse(params[name], bits[name])
+                if bits[name] > 1:
+                    steps[f"{name}:step_size"], _ = bcq.min_mse(params[name], bits[name])
             params = {**params, **steps}
     return {"params": params, "buffers": buffers, "bits": bits, "grids": grids, "masks": masks}
 
@@ -1053,9 +1116,27 @@ def take_weights(net, params, buffers):
     return params, buffers, net.meta.get("masks", {})  # what was pruned stays pruned
 
 
-def inner_bits(names, bits):
-    """So many bits for each layer but the first and the last, which have 8: {name: bits}."""
-    return {**dict.fromkeys(names, bits), names[0]: 8, names[-1]: 8}
+def spread_bits(names, text, ends=None):
+    """The bits of each layer, {weight name: bits}, that a flag says: 4, or convs.[3-5]=1,4.
+
+    A number is for all the layers; but the first and the last have ends, where that is given. A
+    PATTERN=number is for the layers whose names match it, as in a shell, and comes before both.
+    Raises ValueError for a pattern that matches none.
+    """
+    bits = {}
+    words = [word.rpartition("=") for word in str(text).split(",")]
+    for pattern, _, number in words:
+        if not pattern:
+            bits = dict.fromkeys(names, int(number))
+    if ends:
+        bits |= {names[0]: ends, names[-1]: ends}
+    for pattern, _, number in words:
+        found = [name for name in names if fnmatch(name.removesuffix(".weight"), pattern)]
+        if pattern and not found:
+            layers = ", ".join(name.removesuffix(".weight") for name in names)
+            raise ValueError(f"{pattern}={number}: no layer of that name; there are {layers}")
+        bits |= dict.fromkeys(found, int(number))
+    return bits
 
 
 def choose_methods(config, bits, masks, deployed=False):
@@ -1066,7 +1147,9 @@ def choose_methods(config, bits, masks, deployed=False):
         if config.mode == "fp32":
             method = bcq.Method(bcq.no_clip, bcq.no_clip)  # the weights as they are
         if config.mode == "lsq":
-            method = bcq.lsq_method(bits[name])
+            method = bcq.BWN  # of 1 bit, which has no grid
+            if bits[name] > 1:
+                method = bcq.lsq_method(bits[name])
         if config.mode == "bc-stochastic" and deployed:  # signs, in training too
             method = bcq.BINARY_CONNECT
         if name in masks:
@@ -1092,8 +1175,10 @@ def refuse_blind_signs(model, params, buffers, x, names):
 
 def warn_of_logits(config, model, names):
     """Warns of a last layer of +-1 weights without batch norm, which would bring their scale."""
+    if config.mode not in ("bc", "bc-stochastic"):
+        return
     last = names[-1].rpartition(".")[0]
-    if config.mode in ("bc", "bc-stochastic") and last not in bcq.fold_pairs(model).values():
+    if last not in bcq.fold_pairs(model).values():
         print(
             f"warning    no batch norm was found right behind the last layer, {last}: its +-1 "
             "weights give logits far too large; put a BatchNorm1d behind it"
@@ -1433,6 +1518,10 @@ def configure(args):
 def locate(args):
     """Where the flags say that things are; the paths as they are from any folder."""
     own = {"device": args.device, "threads": args.threads, "argv": args.argv}
+    own["model"] = args.model
+    if args.model not in models.MODELS:
+        file, _, name = args.model.rpartition(":")
+        own["model"] = f"{Path(file).resolve()}:{name}"
     for key in ("dataset", "data_dir", "init", "teacher"):
         path = getattr(args, key)
         if path and path not in BUILT_IN:
@@ -1469,11 +1558,11 @@ def read_run(folder):
 
 
 def finished_accuracy(folder):
-    """The test accuracy of a run that came to its end, or None."""
-    path = folder / "model.pth"
-    if not path.exists():
+    """The test accuracy of a run that came to its end, or None. Its last file is result.json."""
+    path = folder / "result.json"
+    if not path.exists() or not (folder / "model.pth").exists():
         return None
-    return bcq.read_checkpoint(path).get("accuracies", {}).get("test_accuracy")
+    return json.loads(path.read_text())["test_accuracy"]
 
 
 def save_run(path, job, params, buffers, **meta):
@@ -1555,7 +1644,7 @@ def finish(job, state, folder, expected):
     path, config = folder / "model.pth", job.config
     accuracies = {key: state["history"][-1].get(key) for key in ("train_accuracy", "val_accuracy")}
     save_run(path, job, state["params"], state["buffers"], accuracies=accuracies)
-    net = load_network(path, job.device, config.model)
+    net = fit_to_data(load_network(path, job.device, job.source.model), job.data)
     found = test_network(net, job.data)
     accuracies["test_accuracy"] = found["accuracy"]
     save_run(path, job, state["params"], state["buffers"], accuracies=accuracies)
@@ -1563,8 +1652,10 @@ def finish(job, state, folder, expected):
     result = describe_result("train", net, path, job.source.argv)
     result |= {**accuracies, "dtype": config.dtype, "processes": job.world.size}
     result |= {"train_seconds": round(state["seconds"], 1), "history": state["history"]}
-    write_text(folder / "result.json", json.dumps(result, indent=1))
+    lines = [json.dumps(line) + "\n" for line in state["history"]]
+    write_text(folder / "metrics.jsonl", "".join(lines))  # again: a kill may have come before it
     draw_report(folder / "report.png", job, state)
+    write_text(folder / "result.json", json.dumps(result, indent=1))
     words = f"after {duration(state['seconds'])} of training"
     if job.methods:
         words += f"; distinct weights: {distinct_values(path)}"
@@ -1716,9 +1807,23 @@ def open_checkpoint(args, fp32=False):
     if isinstance(names, list) and names[: len(data["classes"])] != data["classes"]:
         why = f"was trained on other classes than those of {data['name']}"
         raise ValueError(f"{net.source}: {why}: {', '.join(map(str, names[:3]))}, ...")
-    data |= {key: net.meta[key] for key in PREPARED if key in net.meta}
-    check_network(net, prepare(data["train_x"][:2], data), len(data["classes"]))
-    return net, data, device
+    known = {key: net.meta[key] for key in PREPARED if key in net.meta}
+    if not known:  # a file of others
+        known = {key: args.given[key] for key in ("mean", "std") if key in args.given}
+        mean, std = ({**data, **known}[key] for key in ("mean", "std"))
+        print(f"images     normalised by mean {shown(mean)}, std {shown(std)}; else: --mean, --std")
+    data |= known
+    return fit_to_data(net, data), data, device
+
+
+def shown(values):
+    """Three numbers as the flags --mean and --std take them."""
+    return ",".join(f"{value:.4f}" for value in values)
+
+
+def fit_to_data(net, data):
+    """The network as fit_network has it, for a data set."""
+    return fit_network(net, prepare(data["test_x"][:2], data), len(data["classes"]))
 
 
 def evaluate(args):
@@ -1735,35 +1840,54 @@ def deploy_network(net):
     """The (params, buffers) of a network as it is deployed, in the bits that its file says."""
     if net.packed:
         return net.params, net.buffers
-    ones = dict.fromkeys(net.meta.get("names", []), 1)  # what files without bits mean
-    bits, grids = net.meta.get("bits", ones), net.meta.get("grids")
-    return bcq.deploy(net.model, net.params, net.buffers, bits, grids)
+    return bcq.deploy(net.model, net.params, net.buffers, known_bits(net), net.meta.get("grids"))
 
 
-def quantize_integers(net, data, bits, inputs, fit):
+def known_bits(net):
+    """The bits of the quantized weights, {name: bits}: as the file says, or else as they are."""
+    if "bits" in net.meta:
+        return net.meta["bits"]
+    bits = {}
+    for name, w in net.params.items():  # of a file of others: 1 for filters of one magnitude
+        if torch.is_tensor(w) and w.ndim > 1 and w.is_floating_point():
+            size = w.abs().flatten(1)
+            if (size == size[:, :1]).all() and size.any():
+                bits[name] = 1
+    return bits
+
+
+def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
     """A trained network in integers: (name, (packed params, buffers)).
 
-    bits: of the weights. inputs: of the layers: static (calibrated on training images, by min-max
-    or min-mse, the fit), dynamic (measured in each batch), or real.
+    w_bits, a_bits: of weights and inputs, see spread_bits; without w_bits, weights that were
+    trained in few bits keep them, and the others get 8. inputs: static (calibrated on training
+    images, by min-max or min-mse, the fit), dynamic (measured in each batch), or real.
     """
     names, params, grids = bcq.quantizable(net.model), net.params, {}
-    name = f"w{bits}a8"
-    if bits == 8:
+    bits = dict.fromkeys(names, 8)
+    if w_bits:
+        bits = spread_bits(names, w_bits)
+    else:
+        bits |= {name: b for name, b in known_bits(net).items() if name in names and b < 8}
+    input_bits = spread_bits(names, a_bits)
+
+    usual, _ = Counter(bits.values()).most_common(1)[0]  # of so many layers
+    name = f"w{w_bits or usual}a{a_bits}"
+    if name == "w8a8":
         name = "int8"
     if inputs == "real":
-        name = f"w{bits}"
+        name = name.rpartition("a")[0]
     elif inputs == "dynamic":
         name += "-dynamic"
-        grids = dict.fromkeys(names, (8, 0))
+        grids = {name: (b, 0) for name, b in input_bits.items()}
     else:
         fit = {"min-max": bcq.min_max, "min-mse": bcq.min_mse}[fit]
         own = torch.Generator().manual_seed(0)
         rows = torch.randperm(len(data["train_y"]), generator=own)[:1000]
         x = prepare(data["train_x"][rows.to(data["train_x"].device)], data)
-        eights = dict.fromkeys(names, 8)
-        scales, grids = bcq.calibrate_inputs(net.model, params, net.buffers, x, eights, fit)
+        scales, grids = bcq.calibrate_inputs(net.model, params, net.buffers, x, input_bits, fit)
         params = {**params, **scales}
-    return name, bcq.deploy(net.model, params, net.buffers, dict.fromkeys(names, bits), grids)
+    return re.sub(r"[^\w.-]", "_", name), bcq.deploy(net.model, params, net.buffers, bits, grids)
 
 
 def convert(args):
@@ -1778,10 +1902,12 @@ def convert(args):
     stem, name = folder / Path(net.source).stem, args.dtype
     if args.mode == "export":
         name, path = net.meta.get("mode", "packed"), Path(f"{stem}.bcq")
+        if not known_bits(net):
+            print("bits       none known, and no weight is +-1: written in full precision")
         params, buffers = deploy_network(net)
     elif args.dtype == "int8":
-        bits = args.given.get("w_bits", 8)
-        name, (params, buffers) = quantize_integers(net, data, bits, args.inputs, args.fit)
+        bits = args.given.get("w_bits"), args.given.get("a_bits", "8")
+        name, (params, buffers) = quantize_integers(net, data, *bits, args.inputs, args.fit)
         path = Path(f"{stem}-{name}.bcq")
     else:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
@@ -1800,7 +1926,7 @@ def convert(args):
     else:
         bcq.save_checkpoint(path, bcq.state_dict(net.model, params, buffers), **meta)
 
-    after = load_network(path, device, net.name)
+    after = fit_to_data(load_network(path, device, net.name), data)
     result = describe_result(args.mode, after, path, args.argv)
     print(f"{'':10} {'accuracy':>9} {'bytes':>11} {'1 image, ms':>12} {'256 images, ms':>15}")
     before = measure_use("fp32", net, data, result["fp32_file_bytes"])
@@ -1851,13 +1977,6 @@ def count_differences(net, other, data):
 
 def describe_result(kind, net, path, argv):
     """All that is known of a network and its file, for JSON: training, costs, machine."""
-    params, buffers = bcq.to_device(deploy_network(net), "cpu")
-    cost = bcq.count_cost(net.model, params, buffers)
-    layers = [row for row in cost if row.macs and row.values]
-    w_bits, a_bits = Counter(), Counter()  # how many weights have so many bits
-    for row in layers:
-        w_bits[row.w_bits] += row.values
-        a_bits[row.a_bits] += row.values
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "fp32.pth"
         bcq.save_checkpoint(plain, net.model.state_dict(), net.meta.get("hyperparam"))
@@ -1870,11 +1989,10 @@ def describe_result(kind, net, path, argv):
     result |= {"train_images": net.meta.get("train_images")}
     result |= {"parameters": sum(p.numel() for p in net.model.parameters())}
     result |= {"file_bytes": size, "fp32_file_bytes": whole, "shrink": whole / size}
-    result |= {"real_layers": len([row for row in layers if row.w_bits > 8])}
-    result |= {"w_bits": max(w_bits, key=w_bits.get), "a_bits": max(a_bits, key=a_bits.get)}
-    result |= {"macs": sum(row.macs for row in cost), "zeros": sum(row.zeros for row in layers)}
-    result |= {"course_score": bcq.course_score(cost), "micronet_score": bcq.micronet_score(cost)}
-    result |= {"course_score_zeros_pruned": bcq.course_score(cost, credit_zeros=True)}
+    try:
+        result |= describe_costs(net)
+    except Exception as error:  # of the user's model too: a count is not to end a training
+        print(f"scores     not counted: {one_line(error)}")
 
     device = next(net.model.parameters()).device
     result |= {"device": device.type, "device_name": device_name(device)}
@@ -1882,6 +2000,32 @@ def describe_result(kind, net, path, argv):
     result |= {"python": platform.python_version(), "commit": read_commit()}
     result |= {"date": date.today().isoformat(), "config": config}
     return result | {"command": shlex.join(["python", "run.py", *argv])}
+
+
+def describe_costs(net):
+    """The bits, the operations and the scores of a network as it is deployed, for JSON."""
+    cost = count_deployed(net)
+    layers = [row for row in cost if row.macs and row.values]
+    w_bits, a_bits = Counter(), Counter()  # how many weights have so many bits
+    for row in layers:
+        w_bits[row.w_bits] += row.values
+        a_bits[row.a_bits] += row.values
+    result = {"real_layers": len([row for row in layers if row.w_bits > 8])}
+    result |= {"w_bits": max(w_bits, key=w_bits.get), "a_bits": max(a_bits, key=a_bits.get)}
+    result |= {"macs": sum(row.macs for row in cost), "zeros": sum(row.zeros for row in layers)}
+    result |= {"course_score": bcq.course_score(cost), "micronet_score": bcq.micronet_score(cost)}
+    return result | {"course_score_zeros_pruned": bcq.course_score(cost, credit_zeros=True)}
+
+
+def count_deployed(net):
+    """The costs of a network as it is deployed, counted on the CPU: a list of bcq.Cost."""
+    params, buffers = bcq.to_device(deploy_network(net), "cpu")
+    try:
+        return bcq.count_cost(copy.deepcopy(net.model).cpu(), params, buffers)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise InUsersCode(f"counting --model {net.name}") from error
 
 
 def is_eligible(dataset, classes, accuracy):
@@ -1896,7 +2040,7 @@ def score(args):
     """--mode score: a network's costs by layer, scores, size, accuracy: the exit status."""
     net, data, _ = open_checkpoint(args)
     params, buffers = deploy_network(net)
-    cost = bcq.count_cost(net.model, *bcq.to_device((params, buffers), "cpu"))
+    cost = count_deployed(net)
     keys = ("values", "zeros", "w_bits", "a_bits", "macs", "ops")
     print(f"{'':34} " + " ".join(f"{key:>12}" for key in keys))
     for row in cost:
@@ -1909,7 +2053,8 @@ def score(args):
         print("           the table is of the network packed, as --mode export writes it")
 
     forward = guard(bcq.cast_forward(net.dtype), f"running --model {net.name}")
-    found = test_network(replace(net, params=params, buffers=buffers, forward=forward), data)
+    packed = replace(net, params=params, buffers=buffers, forward=forward)
+    found = test_network(fit_to_data(packed, data), data)
     words = f"accuracy {found['accuracy']:.4f}"
     eligible = is_eligible(data["name"], len(data["classes"]), found["accuracy"])
     if eligible is not None:
@@ -1932,7 +2077,7 @@ def predict(args):
         raise ValueError(f"{net.source}: does not say its classes, or how its images are prepared")
     images = torch.stack([decode(path, resize=True) for path in args.images]).to(device)
     x, classes = prepare(images, net.meta), net.meta["classes"]
-    check_network(net, x, len(classes))
+    net = fit_network(net, x, len(classes))
     for path, probabilities in zip(args.images, net(x).softmax(1), strict=True):
         best = probabilities.topk(min(3, len(classes)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -2012,8 +2157,8 @@ def sweep(args):
     left_out = ("mode", "out", "images")
     common = {k.replace("_", "-"): v for k, v in args.given.items() if k not in left_out}
     cells, folder, rows = make_cells(args.images, common), Path(args.out or "runs/sweep"), []
-    for flags in cells.values():
-        parse_arguments(type_flags(flags))  # all, before the first is run
+    for flags in cells.values():  # all, before the first is run
+        find_builder(parse_arguments(type_flags(flags)).model)
     for name, flags in cells.items():
         print(f"cell       {name}", flush=True)
         status, result = run_cell(folder / name, flags)
@@ -2036,7 +2181,8 @@ def print_sweep(rows):
     print(f"{'':28} {'val':>9} {'test':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
     for row in sorted(rows, key=validation, reverse=True):
         words = f"{row['name']:28} {validation(row):9.4f} {row['test_accuracy']:9.4f}"
-        scores = f"{row['course_score']:9.5f} {row['micronet_score']:9.5f}"
+        course, micronet = row.get("course_score", math.nan), row.get("micronet_score", math.nan)
+        scores = f"{course:9.5f} {micronet:9.5f}"
         if is_eligible(row["dataset"], row["classes"], row["test_accuracy"]) is False:
             scores += "   below the threshold"
         print(f"{words} {row['file_bytes']:11,} {scores}")
@@ -2060,6 +2206,9 @@ def draw_sweep(path, rows):
     keys = ("file_bytes", "course_score", "micronet_score")
     dataset = rows[0]["dataset"]
     for axes, key, label in zip(panels, keys, labels, strict=True):
+        rows = [row for row in rows if key in row]  # not every network can be counted
+        if not rows:
+            continue
         points = [(row[key], 100 * row["test_accuracy"]) for row in rows]
         front = pareto_front(points)
         axes.plot(*zip(*front, strict=True), color="C1", drawstyle="steps-post")
@@ -2085,14 +2234,14 @@ MACHINE = {"device", "threads", "data_dir", "expect"}
 TRAINING = MACHINE | {"mode", "model", "width", "epochs", "real_epochs", "batch_size", "lr"}
 TRAINING |= {"optimizer", "init", "teacher", "mix", "prune", "seed", "val", "dataset", "classes"}
 TRAINING |= {"subset", "dtype", "compile", "paper", "out"}
-READING = MACHINE | {"mode", "checkpoint", "model", "dataset", "classes"}
+READING = MACHINE | {"mode", "checkpoint", "model", "dataset", "classes", "mean", "std"}
 TAKES = {  # the flags of each mode
     **dict.fromkeys(METHODS, TRAINING),
     "lsq": TRAINING | {"w_bits", "a_bits"},
     "--resume": MACHINE | {"resume"},
     **dict.fromkeys(["eval", "score"], READING),
     "export": READING | {"out"},
-    "ptq": READING | {"out", "dtype", "inputs", "fit", "w_bits"},
+    "ptq": READING | {"out", "dtype", "inputs", "fit", "w_bits", "a_bits"},
     "predict": {"mode", "checkpoint", "model", "device", "threads", "images"},
     "sweep": (TRAINING | {"w_bits", "a_bits", "images"}) - {"expect"},
 }
@@ -2124,12 +2273,30 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def three(text):
+    """An argparse type: three numbers, of red, green and blue."""
+    values = tuple(number(float, 0)(word) for word in text.split(","))
+    if len(values) != 3:
+        raise argparse.ArgumentTypeError(f"{text}: not R,G,B")
+    return values
+
+
 def subset(text):
     """An argparse type: a count, or a share where it has a point."""
     if "." in text:
         number(float, 0, 1)(text)
     else:
         number(int, 1)(text)
+    return text
+
+
+def layer_bits(text):
+    """An argparse type: bits as spread_bits has them, from 1 to 8."""
+    words = [word.rpartition("=") for word in text.split(",")]
+    for _, _, count in words:
+        number(int, 1, 8)(count)
+    if len([pattern for pattern, _, _ in words if not pattern]) != 1:
+        raise argparse.ArgumentTypeError(f"{text}: not a number, or PATTERN=number,...,number")
     return text
 
 
@@ -2163,8 +2330,18 @@ def build_parser():
     add("--batch-size", type=number(int, 1), help="of all processes together")
     add("--optimizer", choices=OPTIMIZERS)
     add("--lr", type=number(float, 0), help="the highest learning rate")
-    add("--w-bits", type=number(int, 2, 8), help="of weights, with lsq (default: 4) and ptq (8)")
-    add("--a-bits", type=number(int, 2, 8), help="of the layers' inputs, with lsq (default: 4)")
+    add(
+        "--w-bits",
+        type=layer_bits,
+        metavar="BITS",
+        help="of weights: 4, or by layer convs.[3-5]=1,4",
+    )
+    add(
+        "--a-bits",
+        type=layer_bits,
+        metavar="BITS",
+        help="of the layers' inputs, likewise; lsq and ptq",
+    )
     add("--init", help="start from the network in this file; images are prepared as for it")
     add("--teacher", help="learn from the network in this file, too; likewise")
     add("--mix", choices=["mixup", "cutmix"], help="mix the images of a batch")
@@ -2176,6 +2353,8 @@ def build_parser():
     add = parser.add_argument_group("files and machine").add_argument
     add("--out", help="folder of the run (default: runs/MODE-MODEL-N), or of the file converted")
     add("--checkpoint", help="the file to convert, evaluate, score or predict with")
+    add("--mean", type=three, metavar="R,G,B", help="of a file's images, where it does not say")
+    add("--std", type=three, metavar="R,G,B", help="likewise (default: the data set's)")
     dtypes = ["fp32", "bf16", "fp16", "int8"]
     add("--dtype", choices=dtypes, help="training: fp32 or bf16, what is fast; ptq: the others")
     ways = ["static", "dynamic", "real"]
@@ -2235,7 +2414,8 @@ def check_arguments(args):
             raise ValueError(f"{flag}: is empty")
         if key not in takes:
             raise ValueError(f"{flag} is not for {what}")
-        if key in ("inputs", "fit", "w_bits") and mode == "ptq" and args.dtype != "int8":
+        lost = key in ("inputs", "fit", "w_bits", "a_bits") and mode == "ptq"
+        if lost and args.dtype != "int8":
             raise ValueError(f"{flag} is for --dtype int8")
     if "checkpoint" in takes and not args.checkpoint:
         raise ValueError(f"{what} needs --checkpoint FILE")
@@ -2279,15 +2459,15 @@ def main(argv=None):
         args = parse_arguments(argv)
         if args.mode in METHODS:
             return train(args)
-        if first:  # only training takes several processes
-            return OTHER_MODES[args.mode](args)
-        return 0
+        if find_world().size > 1:
+            raise ValueError(f"--mode {args.mode} takes one process: start it without torchrun")
+        return OTHER_MODES[args.mode](args)
     except InUsersCode as error:
         print(f"run.py: while {error}:", file=sys.stderr)
         traceback.print_exception(error.__cause__)
         return 1
     except (ValueError, OSError) as error:
-        if args or first:  # wrong words are found by every process
+        if first or (args and args.mode in METHODS):  # wrong words are found by every process
             print(f"run.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
