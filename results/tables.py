@@ -291,8 +291,8 @@ def small_table(records):
     note = (
         "CIFAR-10 and the network `fast`: accuracy and size of the network in the deployed file. "
         f"+- is the standard deviation over {len(bc)} seeds. bc trains for {bc[0]['epochs']} epochs, "
-        f"the first {early} in full precision; fp32 trains for {epochs}. With as many epochs, all "
-        f"of them binary, bc reaches {accuracy_of(throughout)}."
+        f"the first {early} in full precision; fp32 trains for {epochs}, and lsq for as many from "
+        f"fp32's weights. Binary in all of {epochs} epochs, bc reaches {accuracy_of(throughout)}."
     )
     return [*table(head, rows), "", *textwrap.wrap(note, 120)]
 

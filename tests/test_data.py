@@ -123,7 +123,7 @@ def test_the_labels_of_mixed_images_have_the_shares_of_the_pixels(mix):
 def test_images_are_normalised_to_mean_0_and_deviation_1_by_the_data_sets_own_statistics(shapes):
     x = run.prepare(shapes["train_x"], shapes)
     assert x.mean((0, 2, 3)).abs().max() < 1e-2 and (x.std((0, 2, 3)) - 1).abs().max() < 1e-2
-    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert x.is_contiguous()
 
 
 def test_the_statistics_of_a_folder_are_of_all_its_classes_though_it_is_read_class_by_class(

@@ -235,7 +235,7 @@ def test_a_checkpoint_that_is_damaged_truncated_or_of_another_model_is_refused(b
     for name in ("flipped.pth", "cut.pth"):
         assert_refused(call("--mode", "eval", "--checkpoint", tmp_path / name), name)
     result = call("--mode", "eval", "--checkpoint", path, "--model", "resnet20")
-    assert_refused(result, "keys do not fit", "blocks.0.conv1.weight")
+    assert_refused(result, "keys do not fit", "conv.weight", " more")
     assert path.read_bytes() == data
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers import LOAD_SHAPES, TINY, TOP, job_of, same, succeed
+from helpers import LOAD_SHAPES, TINY, TOP, call, job_of, same
 
 import bcq
 import run
@@ -224,8 +224,16 @@ def test_a_signal_stops_all_processes_at_the_same_step_and_one_goes_on_where_two
     assert epochs_of(folder) == 12
 
 
-def test_a_conversion_under_torchrun_is_done_by_the_first_process_alone(bc_run, monkeypatch):
-    monkeypatch.setattr(run, "evaluate", lambda args: pytest.fail("the second one did it too"))
-    for name, value in (("RANK", 1), ("WORLD_SIZE", 2)):
-        monkeypatch.setenv(name, str(value))
-    assert succeed("--mode", "eval", "--checkpoint", bc_run[0] / "model.pth") == ""
+SWEEP = ["--mode", "sweep", "mode=bc,bwn"]
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_what_is_no_training_is_refused_under_torchrun_in_one_line(
+    rank, lines, bc_run, monkeypatch
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for words in (["--mode", "eval", "--checkpoint", bc_run[0] / "model.pth"], SWEEP):
+        result = call(*words)
+        assert result.returncode == 2
+        assert result.stderr.count("takes one process") == lines

@@ -193,9 +193,9 @@ def test_the_steps_of_a_run_are_the_toolkits_on_the_batches_that_it_draws():
     job = job_of("--real-epochs", 0)
     state, step, images = run.initial_state(job), run.make_step(job), run.make_images(job)
     loss = functools.partial(bcq.cross_entropy, smoothing=0.2)
-    train_step = bcq.make_train_step(
-        job.model, job.methods, job.optimizer, loss, frozen=job.config.frozen
-    )
+    forward = run.channels_last(bcq.apply)
+    shared = (job.optimizer, loss, forward, job.config.frozen)
+    train_step = bcq.make_train_step(job.model, job.methods, *shared)
     expected = state["params"], state["buffers"], state["opt_state"]
     for i in range(3):
         state, metrics = step(state, 0.1)
@@ -228,7 +228,8 @@ def test_batch_norm_in_the_file_has_the_statistics_of_the_final_signs_on_trainin
     job = job_of("--mode", "bc")
     params, buffers = ({k: content["net"][k] for k in d} for d in (job.params, job.buffers))
     training = list(run.batches(job.data, "train", 50))
-    expected = bcq.batch_norm_statistics(job.model, params, buffers, training)
+    forward = run.channels_last(bcq.apply)
+    expected = bcq.batch_norm_statistics(job.model, params, buffers, training, forward)
     for name, found in buffers.items():
         torch.testing.assert_close(found, expected[name])
 

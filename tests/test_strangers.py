@@ -1,0 +1,426 @@
+"""Networks, batches and files of strangers work, with the right number, or are refused."""
+
+import copy
+import warnings
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import batch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import bcq
+
+# --- memory layout ---
+
+
+class Views(nn.Module):
+    """The commonest line in students' networks: a view of a map larger than one pixel."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.conv2, self.norm = nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.out = nn.Linear(8 * 4, classes)
+
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(torch.relu(self.norm(self.conv2(x))), 2)
+        return self.out(x.view(len(x), -1))
+
+
+def test_a_network_that_views_its_maps_runs_in_integers_as_it_runs_in_floats():
+    model = Views()
+    params, buffers = bcq.split(model)
+    x, _ = batch(0)
+    bits = dict.fromkeys(bcq.quantizable(model), 8)
+    scales, grids = bcq.calibrate_inputs(model, params, buffers, x, bits)
+    packed, stats = bcq.deploy(model, {**params, **scales}, buffers, bits, grids, (3, 8, 8))
+    found, exact = bcq.apply(model, packed, stats, x)[0], bcq.apply(model, params, buffers, x)[0]
+    assert (found - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_integer_layer_leaves_the_memory_layout_that_the_float_layer_leaves(layout):
+    layer = nn.Conv2d(4, 8, 3, padding=1)
+    params, _ = bcq.split(layer)
+    packed = bcq.pack(
+        {**params, "weight:input_step_size": torch.tensor(0.02)},
+        {"weight": 8},
+        {"weight": (8, 128)},
+    )
+    x = torch.randn(2, 4, 6, 6).contiguous(memory_format=layout)
+    found, _ = bcq.apply(layer, packed, {}, x)
+    assert found.is_contiguous(memory_format=layout) and layer(x).is_contiguous(
+        memory_format=layout
+    )
+
+
+# --- weights other than the dict's ---
+
+
+class Checkpointed(nn.Module):
+    """A network that recomputes a part of itself in the backward pass."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+        self.first, self.block, self.out = nn.Linear(192, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x.flatten(1)))
+        return self.out(
+            checkpoint(lambda y: torch.relu(self.block(y)), x, use_reentrant=self.reentrant)
+        )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_network_that_recomputes_in_the_backward_pass_is_refused_and_not_trained_on_other_weights(
+    reentrant,
+):
+    model = Checkpointed(reentrant)
+    methods = dict.fromkeys(bcq.quantizable(model), bcq.BINARY_CONNECT)
+    params, buffers = bcq.split(model)
+    optimizer = bcq.sgd()
+    step = bcq.make_train_step(model, methods, optimizer, bcq.cross_entropy)
+    with pytest.raises(RuntimeError, match="checkpoint"):
+        step(params, buffers, optimizer.init(params), batch(0), 0.1)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_bc_of_the_lab_trains_a_network_that_recomputes_since_its_signs_are_in_place():
+    torch.manual_seed(0)
+    model = Checkpointed(False)
+    plain = copy.deepcopy(model)
+    plain.forward = lambda x: plain.out(
+        torch.relu(plain.block(torch.relu(plain.first(x.flatten(1)))))
+    )
+    x, y = batch(0)
+    for network in (model, plain):
+        bc = bcq.BC(network)
+        bc.binarization()
+        F.cross_entropy(bc(x), y).backward()
+        bc.restore()
+    assert torch.equal(model.block.weight.grad, plain.block.weight.grad)
+
+
+# --- folding ---
+
+
+class Tokens(nn.Module):
+    """A Linear on tokens, and a batch norm over the tokens: not over the outputs of the Linear."""
+
+    def __init__(self, tokens=8):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8, bias=False), nn.BatchNorm1d(tokens)
+
+    def forward(self, x):
+        return self.norm(self.linear(x.flatten(2))).mean(1)
+
+
+class Images(nn.Module):
+    """The same with a batch norm over channels, behind a Linear over columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.linear(x)).mean((1, 2))
+
+
+@pytest.mark.parametrize("model, shape", [(Tokens(), (8, 2, 4)), (Images(), (8, 8, 8))])
+def test_a_batch_norm_over_another_dimension_than_the_layers_outputs_is_not_folded(model, shape):
+    params, buffers = bcq.split(model)
+    x = torch.randn(16, *shape)
+    _, buffers = bcq.apply(model, params, buffers, x, train=True)
+    assert bcq.fold_pairs(model, shape) == {}
+    packed, stats = bcq.deploy(model, params, buffers, {}, shape=shape)
+    exact, _ = bcq.apply(model, params, buffers, x)
+    torch.testing.assert_close(bcq.apply(model, packed, stats, x)[0], exact)
+
+
+def test_a_batch_norm_behind_a_linear_on_vectors_is_folded():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5))
+    assert bcq.fold_pairs(model, (3, 2, 2)) == {"2": "1"}
+    assert bcq.fold_pairs(model) == {}  # an image of another shape shows nothing
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_layer_whose_weight_is_computed_from_others_is_not_folded_into(norm):
+    model = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    assert bcq.fold_pairs(model) == {}
+    params, buffers = bcq.split(model)
+    packed, stats = bcq.deploy(model, params, buffers, {})
+    assert packed.keys() == params.keys()
+
+
+# --- counts ---
+
+
+class MatrixVector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(12, 5))
+
+    def forward(self, x):
+        return x.flatten(1)[0] @ self.w
+
+
+class MakesTensors(nn.Module):
+    """Makes a tensor in forward, keeps one that is no buffer, and branches on its data."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.plain = nn.Linear(12, 5), torch.ones(5)
+
+    def forward(self, x):
+        y = self.linear(x.flatten(1)) + torch.zeros(5) + self.plain
+        return y if y.sum() > 0 else -y
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x.flatten(1).view(1, 4, 6)).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+    def forward(self, a, b):
+        return self.linear(self.embedding(a) + self.embedding(b))
+
+
+IDS = torch.zeros(1, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "model, given, expected",
+    [
+        (MatrixVector(), {"shape": (3, 2, 2)}, 60),
+        (MakesTensors(), {"shape": (3, 2, 2)}, 60),
+        (Attention(), {"shape": (3, 2, 4)}, 4 * 6 * 18 + 2 * 4 * 4 * 6),
+        (TwoInputs(), {"x": (IDS, IDS)}, 3 * 4 * 2),
+    ],
+)
+def test_products_of_every_kind_are_counted(model, given, expected):
+    params, buffers = bcq.split(model)
+    assert sum(row.macs for row in bcq.count_cost(model, params, buffers, **given)) == expected
+
+
+def test_what_may_be_a_product_and_is_not_known_is_an_error_and_not_0():
+    class Distances(nn.Module):
+        def forward(self, x):
+            return torch.cdist(x.flatten(2), x.flatten(2))
+
+    with pytest.raises(ValueError, match="cannot count aten._cdist_forward"):
+        bcq.count_cost(Distances(), {}, {}, (3, 2, 2))
+
+
+# --- shapes of labels and outputs ---
+
+
+def test_the_accuracy_of_dense_outputs_is_that_of_their_pixels():
+    model = nn.Conv2d(3, 4, 1)
+    params, buffers = bcq.split(model)
+    x, labels = torch.randn(5, 3, 6, 7), torch.randint(0, 4, (5, 6, 7))
+    found = bcq.evaluate(model, params, buffers, [(x, labels)])
+    assert found["accuracy"] == pytest.approx((model(x).argmax(1) == labels).float().mean().item())
+    assert found["images"] == 5
+
+
+def test_labels_that_are_probabilities_are_scored_by_their_largest(small):
+    params, buffers = bcq.split(small)
+    x, labels = batch(0)
+    soft = 0.6 * F.one_hot(labels, 4) + 0.1
+    found, expected = (bcq.evaluate(small, params, buffers, [(x, y)]) for y in (soft, labels))
+    assert found["accuracy"] == expected["accuracy"]
+
+
+def test_labels_that_do_not_fit_and_outputs_that_are_no_tensor_are_refused_in_a_sentence(small):
+    params, buffers = bcq.split(small)
+    x, labels = batch(0)
+    with pytest.raises(ValueError, match="do not fit logits"):
+        bcq.evaluate(small, params, buffers, [(x, labels[:, None])])
+
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(ValueError, match="gives a tuple, not logits: pass a forward"):
+        bcq.evaluate(Pair(), {}, {}, [(x, labels)])
+
+
+def test_a_list_of_inputs_as_a_dataloader_gives_it_is_taken_as_several_arguments():
+    model = TwoInputs()
+    params, buffers = bcq.split(model)
+    found, _ = bcq.apply(model, params, buffers, [IDS, IDS])
+    assert torch.equal(found, model(IDS, IDS))
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize(
+    "bad", [{"best": numpy.float64(0.9)}, {"config": {"act": F.relu}}, {"x": [{1, 2}]}]
+)
+def test_what_could_not_be_loaded_again_is_refused_when_it_is_saved_with_its_key(bad, tmp_path):
+    (key,) = bad
+    with pytest.raises(ValueError, match=f"a.pth: {key}.* is a "):
+        bcq.save_checkpoint(tmp_path / "a.pth", {}, None, **bad)
+    assert not (tmp_path / "a.pth").exists()
+    with pytest.raises(ValueError, match="hyperparam: act"):
+        bcq.save_checkpoint(tmp_path / "a.pth", {}, {"act": F.relu})
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_module_with_extra_state_is_saved_and_loaded(tmp_path):
+    model = Extra(3, 2)
+    params, buffers = bcq.split(model)
+    bcq.save_checkpoint(tmp_path / "a.pth", bcq.state_dict(model, params, buffers), None)
+    _, found, _, _ = bcq.load_checkpoint(tmp_path / "a.pth", lambda: Extra(3, 2))
+    assert torch.equal(found["weight"], params["weight"])
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    with warnings.catch_warnings(record=True):
+        _, found, _, _ = bcq.load_checkpoint(tmp_path / "b.pth", lambda: Extra(3, 2))
+    assert torch.equal(found["weight"], params["weight"])
+
+
+@pytest.mark.parametrize("key", ["net", "state_dict", "model_state_dict", "model"])
+def test_the_weights_are_found_under_the_usual_names(key, tmp_path, small):
+    torch.save({key: small.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    _, found, _, meta = bcq.load_checkpoint(tmp_path / "a.pth", type(small))
+    assert torch.equal(found["conv.weight"], small.conv.weight) and meta["epoch"] == 3
+
+
+def test_what_averaging_and_counters_leave_beside_the_weights_is_left_out_with_a_warning(
+    tmp_path, small
+):
+    averaged = torch.optim.swa_utils.AveragedModel(small).state_dict()
+    averaged |= {"module.conv.total_ops": torch.zeros(1), "total_params": torch.zeros(1)}
+    torch.save(averaged, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="left out n_averaged"):
+        _, found, _, _ = bcq.load_checkpoint(tmp_path / "a.pth", type(small))
+    assert torch.equal(found["conv.weight"], small.conv.weight)
+
+
+def test_files_of_other_kinds_are_told_by_name(tmp_path, small):
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    with pytest.raises(ValueError, match="TorchScript"):
+        bcq.read_checkpoint(tmp_path / "script.pt")
+    (tmp_path / "a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0" + b'{"__metadata__":')
+    with pytest.raises(ValueError, match="safetensors"):
+        bcq.read_checkpoint(tmp_path / "a.safetensors")
+    torch.save(small, tmp_path / "module.pth")
+    with pytest.raises(ValueError, match="save the state_dict"):
+        bcq.read_checkpoint(tmp_path / "module.pth")
+
+
+def test_many_keys_that_do_not_fit_are_the_first_few_and_how_many_more(tmp_path, small):
+    torch.save({f"layer{i}": torch.zeros(1) for i in range(42)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError) as error:
+        bcq.load_checkpoint(tmp_path / "a.pth", type(small))
+    assert len(str(error.value)) < 400 and " more" in str(error.value)
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_infinite_weights_are_not_packed(bits):
+    with pytest.raises(ValueError, match="w: NaN or inf"):
+        bcq.pack({"w": torch.tensor([[float("inf"), 1.0]])}, {"w": bits})
+
+
+@pytest.mark.parametrize("quantize", [bcq.ternarize, bcq.binarize_scaled])
+def test_an_infinite_weight_shows_in_scaled_weights_as_a_value_that_is_not_finite(quantize):
+    assert not quantize(torch.tensor([[float("inf"), 1.0, -2.0]])).isfinite().all()
+
+
+def test_calibration_on_a_nan_names_the_layer(small):
+    params, buffers = bcq.split(small)
+    x, _ = batch(0)
+    with pytest.raises(ValueError, match="the input of conv.weight: NaN or inf"):
+        bcq.calibrate_inputs(small, params, buffers, x * float("nan"), {"conv.weight": 8})
+
+
+@pytest.mark.parametrize("share", [50, -0.5, float("nan")])
+def test_a_share_to_prune_is_from_0_to_1(share):
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        bcq.magnitude_masks({"w": torch.randn(3, 4)}, ["w"], share)
+
+
+def test_inputs_of_1e_minus_13_are_no_zeros():
+    x = torch.randn(100) * 1e-13
+    scale, zero_point = bcq.min_max(x, 8)
+    q, _, _ = bcq.quantize_input(x, (8, zero_point), scale.item())
+    assert ((q.float() - zero_point) * scale - x).abs().max() < 0.01 * x.abs().max()
+
+
+@pytest.mark.parametrize("quantize", [bcq.ternarize, bcq.binarize_scaled])
+def test_scales_of_half_precision_weights_are_those_of_their_sums_in_float32(quantize):
+    w = (torch.randn(2, 100_000) * 4).half()
+    expected = quantize(w.float())
+    torch.testing.assert_close(quantize(w).float(), expected, rtol=2e-3, atol=2e-3)
+    assert quantize(w).dtype == torch.float16
+
+
+# --- memory ---
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packing_takes_a_small_multiple_of_the_bytes_of_the_codes(bits):
+    q = torch.zeros(1_000_000, dtype=torch.uint8)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if torch.is_tensor(out):
+                sizes.append(out.untyped_storage().nbytes())
+            return out
+
+    with Watch():
+        bcq.pack_bits(q, bits)
+    assert max(sizes) <= 1_000_008
+
+
+def test_min_mse_looks_at_values_from_everywhere_and_not_in_strides():
+    x = torch.rand(100, 20, 32, 32)
+    x[..., 0] = 0.01  # a darker first column
+    scale, zero_point = bcq.min_mse(x, 8)
+    rounded = (x / scale).round().clamp(-zero_point, 255 - zero_point) * scale
+    assert (rounded - x).abs().max() < 0.01
+
+
+def test_prelu_is_counted_as_an_activation():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.PReLU())
+    params, buffers = bcq.split(model)
+    cost = {row.layer: row for row in bcq.count_cost(model, params, buffers, (3, 2, 2))}
+    assert cost["1.weight"].macs == 60 and cost["aten._prelu_kernel.default"].ops == 5
+
+
+def test_modules_that_ask_for_their_version_are_loaded_from_a_checkpoint(tmp_path):
+    models = pytest.importorskip("torchvision").models
+    model = models.mnasnet0_5(num_classes=4)
+    params, buffers = bcq.split(model)
+    bcq.save_checkpoint(tmp_path / "a.pth", bcq.state_dict(model, params, buffers), None)
+    build = models.mnasnet0_5
+    _, found, _, _ = bcq.load_checkpoint(tmp_path / "a.pth", lambda: build(num_classes=4))
+    assert all(torch.equal(found[name], w) for name, w in params.items())

@@ -1,0 +1,239 @@
+"""Networks, files and pictures of strangers on the command line, and bits by layer."""
+
+import json
+
+import pytest
+import torch
+from helpers import TINY, assert_refused, call, succeed
+from PIL import Image
+from torch import nn
+
+import bcq
+import run
+
+VIEWS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)
+        self.norm, self.out = nn.BatchNorm2d(8), nn.Linear(8 * 36, classes)
+    def forward(self, x):
+        x = F.max_pool2d(torch.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(torch.relu(self.norm(self.conv2(x))), 2)
+        return self.out(x.view(len(x), -1))
+"""
+
+
+@pytest.fixture
+def views(tmp_path):
+    (tmp_path / "net.py").write_text(VIEWS)
+    return f"{tmp_path}/net.py:Net"
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bc", "lsq"])
+def test_a_network_that_views_its_maps_is_trained_tested_and_converted(mode, views, tmp_path):
+    words = [*TINY, "--model", views, "--epochs", 1, "--out", tmp_path / "run"]
+    succeed("--mode", mode, *words)
+    succeed("--mode", "export", "--checkpoint", tmp_path / "run" / "model.pth")
+    if mode == "fp32":
+        words = ["--dtype", "int8", "--checkpoint", tmp_path / "run" / "model.pth"]
+        succeed("--mode", "ptq", *words)
+        succeed("--mode", "ptq", "--inputs", "dynamic", *words)
+
+
+def test_a_network_that_takes_images_in_any_layout_gets_them_in_channels_last_memory():
+    seen = []
+
+    class Watch(nn.Module):
+        def forward(self, x):
+            seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            return x.mean((2, 3))
+
+    net = run.Network("x", "x", Watch(), {}, {}, bcq.apply)
+    fitted = run.fit_network(net, torch.randn(2, 3, 8, 8), 3)
+    fitted(torch.randn(2, 3, 8, 8))
+    assert seen == [True, True]
+
+
+def test_a_package_of_the_users_that_is_called_as_ours_is_theirs_for_their_file(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("")
+    (tmp_path / "models" / "net.py").write_text(VIEWS)
+    (tmp_path / "train.py").write_text("from models.net import Net\n")
+    ours = run.models
+    words = ["--model", f"{tmp_path}/train.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
+    succeed("--mode", "bc", *TINY, *words)
+    assert run.models is ours and run.find_builder("fast") is ours.fast
+
+
+def test_a_layer_with_spectral_norm_is_trained_in_full_precision_and_scored(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def Net(classes):\n"
+        "    conv = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))\n"
+        "    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1),\n"
+        "                         nn.Flatten(), nn.Linear(4, classes))\n"
+    )
+    words = ["--model", f"{tmp_path}/net.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
+    succeed("--mode", "fp32", *TINY, *words)
+    succeed("--mode", "score", "--checkpoint", tmp_path / "run" / "model.pth")
+    result = call("--mode", "bc", *TINY, *words[:-1], tmp_path / "other")
+    assert_refused(result, "is no parameter, but computed from others")
+
+
+def test_a_network_that_cannot_be_counted_is_trained_to_its_end_without_scores(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__()\n"
+        "        self.points = nn.Parameter(torch.randn(classes, 48))\n"
+        "        self.conv = nn.Conv2d(3, 3, 8, stride=8)\n"
+        "    def forward(self, x):\n"
+        "        return -torch.cdist(self.conv(x).flatten(1), self.points)\n"
+    )
+    words = ["--model", f"{tmp_path}/net.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
+    printed = succeed("--mode", "fp32", *TINY, *words)
+    assert "scores     not counted: cannot count aten._cdist_forward" in printed
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert "course_score" not in result and result["test_accuracy"] >= 0
+    words = ["--checkpoint", tmp_path / "run" / "model.pth"]
+    assert_refused(call("--mode", "score", *words), "cannot count")
+
+
+@pytest.mark.parametrize("what", ["(x, x)", "{'out': x}"])
+def test_a_network_that_gives_no_logits_is_refused_in_a_sentence(what, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self, classes):\n"
+        "        super().__init__(3072, classes)\n"
+        f"    def forward(self, x):\n        x = super().forward(x.flatten(1))\n        return {what}\n"
+    )
+    result = call("--mode", "fp32", *TINY, "--model", f"{tmp_path}/net.py:Net")
+    assert_refused(result, "not logits: have its forward give those")
+
+
+def test_a_picture_of_16_bits_is_read_as_its_copy_of_8_bits(tmp_path):
+    ramp = torch.arange(32 * 32).view(32, 32) * 64
+    Image.fromarray(ramp.to(torch.int32).numpy().astype("uint16")).save(tmp_path / "16.png")
+    Image.fromarray((ramp // 256).to(torch.uint8).numpy()).save(tmp_path / "8.png")
+    deep, flat = (run.decode(tmp_path / name, resize=True) for name in ("16.png", "8.png"))
+    assert (deep.int() - flat.int()).abs().max() <= 1 and deep.float().std() > 50
+
+
+# --- bits ---
+
+
+def test_a_network_of_1_bit_keeps_its_bits_when_its_inputs_get_8(bc_run, tmp_path):
+    words = ["--mode", "ptq", "--dtype", "int8", "--checkpoint", bc_run[0] / "model.pth"]
+    for inputs, name in (("static", "w1a8"), ("dynamic", "w1a8-dynamic")):
+        succeed(*words, "--inputs", inputs, "--out", tmp_path)
+        result = json.loads((tmp_path / f"model-{name}.json").read_text())
+        assert (result["w_bits"], result["a_bits"]) == (1, 8)
+        assert result["predictions_changed"] < 40
+
+
+@pytest.mark.parametrize(
+    "text, ends, expected",
+    [
+        ("4", 8, [8, 4, 4, 8]),
+        ("4", None, [4, 4, 4, 4]),
+        ("convs.[1-2]=1,4", 8, [8, 1, 1, 8]),
+        ("3,convs.*=2,out=5", 8, [8, 2, 2, 5]),
+    ],
+)
+def test_bits_are_one_number_or_patterns_of_names_that_come_first(text, ends, expected):
+    names = ["stem.weight", "convs.1.weight", "convs.2.weight", "out.weight"]
+    assert list(run.spread_bits(names, text, ends).values()) == expected
+
+
+def test_a_pattern_that_matches_no_layer_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match="conv=1: no layer of that name; there are stem, out"):
+        run.spread_bits(["stem.weight", "out.weight"], "conv=1,4")
+
+
+@pytest.mark.parametrize("text", ["9", "0", "convs=1", "a=1,b=2", "4,5", "x"])
+def test_bits_that_are_none_are_refused(text):
+    assert_refused(call("--mode", "lsq", *TINY, "--w-bits", text), "--w-bits")
+
+
+def test_lsq_takes_bits_by_layer_into_the_file_and_the_score(tmp_path):
+    words = ["--w-bits", "convs.[3-5]=1,4", "--a-bits", "convs.0=2,4", "--epochs", 1]
+    succeed("--mode", "lsq", *TINY, *words, "--out", tmp_path / "run")
+    succeed("--mode", "export", "--checkpoint", tmp_path / "run" / "model.pth")
+    _, packed, _, _ = bcq.load_packed(tmp_path / "run" / "model.bcq", run.models.fast)
+    weights = {name: w for name, w in packed.items() if isinstance(w, bcq.Packed)}
+    assert [w.bits for w in weights.values()] == [8, 4, 4, 4, 1, 1, 1, 8]
+    assert [w.grid[0] for w in weights.values()] == [8, 2, 4, 4, 4, 4, 4, 8]
+    result = json.loads((tmp_path / "run" / "model-lsq.json").read_text())
+    assert result["predictions_changed"] <= 1
+
+
+# --- files of others ---
+
+
+def test_how_the_images_of_a_file_of_others_are_normalised_is_said_and_can_be(views, tmp_path):
+    torch.manual_seed(0)
+    model = run.find_builder(views)()
+    torch.save({"net": model.state_dict(), "hyperparam": None}, tmp_path / "a.pth")
+    words = ["--mode", "eval", "--checkpoint", tmp_path / "a.pth", "--model", views]
+    words += ["--dataset", "shapes"]
+    usual, other = succeed(*words), succeed(*words, "--std", "0.2,0.2,0.2", "--mean", "0,0,0")
+    assert "normalised by mean 0.5" in usual and "std 0.2000,0.2000,0.2000" in other
+    assert usual.split("cross-entropy")[1] != other.split("cross-entropy")[1]
+    assert_refused(call(*words, "--std", "0.2"), "--std")
+
+
+def test_what_a_file_of_others_says_beside_its_weights_is_not_read(views, tmp_path):
+    model = run.find_builder(views)()
+    more = {"latent": torch.zeros(3), "accuracies": [1], "config": "a", "classes": 3, "bits": 8}
+    torch.save({"net": model.state_dict(), "mean": 0.5, **more}, tmp_path / "a.pth")
+    words = ["--checkpoint", tmp_path / "a.pth", "--model", views, "--dataset", "shapes"]
+    succeed("--mode", "eval", *words)
+    succeed("--mode", "export", *words)
+
+
+def test_plus_minus_1_weights_of_others_are_exported_in_1_bit_and_the_others_are_said(
+    views, tmp_path
+):
+    model = run.find_builder(views)()
+    words = ["--mode", "export", "--model", views, "--dataset", "shapes", "--checkpoint"]
+    torch.save(model.state_dict(), tmp_path / "real.pth")
+    assert "written in full precision" in succeed(*words, tmp_path / "real.pth")
+    bc = bcq.BC(model)
+    bc.binarization()
+    torch.save(bc.state_dict(), tmp_path / "signs.pth")
+    succeed(*words, tmp_path / "signs.pth")
+    result = json.loads((tmp_path / "signs-packed.json").read_text())
+    assert (result["w_bits"], result["real_layers"], result["predictions_changed"]) == (1, 0, 0)
+
+
+def test_a_users_file_is_run_once(tmp_path):
+    (tmp_path / "net.py").write_text(f"print('it runs')\n{VIEWS}")
+    words = ["--model", f"{tmp_path}/net.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
+    assert succeed("--mode", "bc", *TINY, *words).count("it runs") == 1
+
+
+def test_a_run_goes_on_from_another_folder_than_that_where_it_began(views, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "net.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
+    succeed("--mode", "bc", *TINY, *words)
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    succeed("--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_batch_of_one_image_is_refused_where_there_is_batch_norm():
+    assert_refused(call("--mode", "bc", *TINY, "--batch-size", 1), "take 2 or more")
+
+
+def test_a_model_of_a_sweep_that_is_not_there_is_told_before_the_first_training(tmp_path):
+    words = ["--mode", "sweep", "mode=bc", "model=fast,nope", "--out", tmp_path / "sweep"]
+    assert_refused(call(*words, "--dataset", "shapes"), "nope")
+    assert not (tmp_path / "sweep").exists()
