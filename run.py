@@ -643,7 +643,10 @@ def device_name(device):
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return read_cpuinfo("model name") or platform.processor()
+    name, flags = read_cpuinfo("model name") or platform.processor(), read_cpuinfo("flags").split()
+    if "avx512_bf16" in flags and "amx_bf16" not in flags:
+        name += ", AVX-512 bf16"  # some makers give all their processors one name
+    return name
 
 
 def read_cpuinfo(key):

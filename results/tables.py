@@ -50,6 +50,7 @@ SMALL = {
     "bc": "**bc**",
 }
 INFERENCE = ("fp32", "bf16", "fp16", "int8 static", "int8 dynamic", "xnor", "1-bit weights, packed")
+STRANGERS = ("bc_step", "pack_1_bit", "int8", "lsq_step", "fp16", "checkpoint", "count")
 STEPS = ("lab", "functional", "side-by-side", "plain-compiled", "functional-compiled")
 
 
@@ -78,7 +79,8 @@ def gather(places):
             sys.exit(f"{place}: no result there")
         for file in files:
             for record in read_lines(file):
-                record["command"] = without_folders(record["command"])
+                if "command" in record:
+                    record["command"] = without_folders(record["command"])
                 if record not in records + new:
                     new.append(record)
     with RECORDS.open("a") as file:
@@ -373,13 +375,14 @@ def other_machines_table(records):
                 f"{100 * record['test_accuracy']:.2f}",
                 str(record["predictions_changed"]),
                 f"{record['file_bytes'] / 1e3:,.0f}",
+                f"{record['course_score']:.4f}",
                 f"{1e3 * record['seconds_1']:.1f}, {1e3 * record['seconds_256']:.0f}",
                 f"{1e3 * record['fp32_seconds_1']:.1f}, {1e3 * record['fp32_seconds_256']:.0f}",
                 record["commit"],
             ]
         )
     head = ["network", "test accuracy before, %", "after, %", "predictions changed", "file, kB"]
-    head += ["1 and 256 images, ms", "before", "commit"]
+    head += ["course score", "1 and 256 images, ms", "before", "commit"]
     return table(head, rows)
 
 
@@ -452,6 +455,31 @@ def best_scores(records):
     head = ["network", "test accuracy, %", "epochs", "bits of weights, inputs", "file, bytes"]
     head += ["course score", "if zeros count as pruned", "MicroNet score"]
     return table(head, rows)
+
+
+def strangers_table(records):
+    """Public networks, untrained, and which of the checks of tests/bench/strangers.py hold."""
+    found = latest(records, "strangers", "network")
+    rows = []
+    for record in found:
+        failed = []
+        held = 0
+        for key in STRANGERS:
+            if record.get(key) is True:
+                held += 1
+            elif key in record:
+                failed.append(f"{key}: {record[key]}")
+        if "build" in record:
+            failed.append(f"it cannot be built: {record['build']}")
+        size = ""
+        if "parameters" in record:
+            size = f"{record['parameters']:,}"
+        rows.append(
+            [f"`{record['network']}`", size, f"{held} of {len(STRANGERS)}", "; ".join(failed)]
+        )
+    head = ["network", "parameters", "checks that hold", "what does not, and why"]
+    whole = len([row for row in rows if not row[3]])
+    return [f"All {len(STRANGERS)} checks hold for {whole} of {len(rows)}.", "", *table(head, rows)]
 
 
 def step_table(records):
@@ -675,6 +703,7 @@ def main():
         "time to accuracy": time_to_accuracy(records),
         "best scores": best_scores(records),
         "steps": step_table(records),
+        "strangers": strangers_table(records),
         "inference": inference_table(records),
         "processes": process_table(records),
         "data": data_table(records),

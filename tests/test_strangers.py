@@ -424,3 +424,12 @@ def test_modules_that_ask_for_their_version_are_loaded_from_a_checkpoint(tmp_pat
     build = models.mnasnet0_5
     _, found, _, _ = bcq.load_checkpoint(tmp_path / "a.pth", lambda: build(num_classes=4))
     assert all(torch.equal(found[name], w) for name, w in params.items())
+
+
+def test_a_file_of_an_old_torch_which_did_not_count_batches_is_read(tmp_path, small):
+    state = small.state_dict()
+    old = {f"module.{k}": t for k, t in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save({"state_dict": old, "best_prec1": 92.6}, tmp_path / "a.th")
+    _, params, buffers, _ = bcq.load_checkpoint(tmp_path / "a.th", type(small))
+    assert torch.equal(params["conv.weight"], small.conv.weight)
+    assert buffers["norm.num_batches_tracked"].item() == 0
