@@ -106,7 +106,7 @@ def straight_through(w, q):
     """q in the forward pass; in the backward pass the gradient goes to w, as if q were w.
 
     w, q: float, of one shape, w finite. w - w.detach() is exactly 0, and its derivative by w is 1;
-    without the detach that would be 0 too. q.detach() cuts off the quantizer's own derivative: 0
+    without the detach its derivative would be 0. q.detach() cuts off the quantizer's own derivative: 0
     for a sign, but not for a scale that is computed from w. q + (w - w) is q to the last bit; w +
     (q - w) would be rounded.
     """
@@ -350,8 +350,8 @@ class BC(nn.Module):
         bc.clip()                       # the latent weights to [-1, 1]
 
     It is an nn.Module: .to, .parameters, .train, .eval and calling it work. target_modules, as the
-    lab calls it, is the list of weights in the model; saved_params the list of the latent ones, as
-    of the last binarization.
+    lab calls it, is the list of weights in the model; saved_params is the list of the latent ones,
+    as they were at the last binarization() or clip().
     """
 
     def __init__(self, model):

@@ -146,7 +146,10 @@ def main():
             printed = finished(sys.executable, __file__, *own)
             results[method].append(json.loads(printed.splitlines()[-1]))
 
-    said = ["tests/bench/step.py", *words, "--rounds", args.rounds, "--methods", *methods]
+    said = ["tests/bench/step.py", *words, "--rounds", args.rounds]
+    said += ["--methods", *args.methods]
+    if args.against:
+        said += ["--against", "DIR"]
     print(f"{'':20} {'s a step':>9} {'over plain':>11} {'spread':>15} {'MB':>9} {'over plain':>11}")
     plain = {}
     for method, own in results.items():
