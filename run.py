@@ -722,7 +722,7 @@ def find_builder(name):
         sys.path.insert(0, str(folder))
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses look for it
+        sys.modules.setdefault(spec.name, module)  # where dataclasses look for it
         spec.loader.exec_module(module)
     build = getattr(module, attribute, None)
     if not callable(build):

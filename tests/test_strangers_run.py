@@ -1,6 +1,7 @@
 """Networks, files and pictures of strangers on the command line, and bits by layer."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -237,3 +238,12 @@ def test_a_model_of_a_sweep_that_is_not_there_is_told_before_the_first_training(
     words = ["--mode", "sweep", "mode=bc", "model=fast,nope", "--out", tmp_path / "sweep"]
     assert_refused(call(*words, "--dataset", "shapes"), "nope")
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_users_file_with_the_name_of_a_library_takes_nobodys_place(tmp_path):
+    import random
+
+    (tmp_path / "random.py").write_text(VIEWS)
+    words = ["--model", f"{tmp_path}/random.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
+    succeed("--mode", "bc", *TINY, *words)
+    assert sys.modules["random"] is random
