@@ -106,9 +106,9 @@ def straight_through(w, q):
     """q in the forward pass; in the backward pass the gradient goes to w, as if q were w.
 
     w, q: float, of one shape, w finite. w - w.detach() is exactly 0, and its derivative by w is 1;
-    without the detach its derivative would be 0. q.detach() cuts off the quantizer's own derivative: 0
-    for a sign, but not for a scale that is computed from w. q + (w - w) is q to the last bit; w +
-    (q - w) would be rounded.
+    without the detach its derivative would be 0. q.detach() cuts off the quantizer's own
+    derivative: 0 for a sign, but not for a scale that is computed from w. q + (w - w) is q to the
+    last bit; w + (q - w) would be rounded.
     """
     return q.detach() + (w - w.detach())
 

@@ -2216,8 +2216,10 @@ def draw_sweep(path, rows):
         front = pareto_front(points)
         axes.plot(*zip(*front, strict=True), color="C1", drawstyle="steps-post")
         axes.scatter(*zip(*points, strict=True), zorder=2)
-        for row, point in zip(rows, points, strict=True):
+        for i, (row, point) in enumerate(zip(rows, points, strict=True)):
             place = {"xytext": (5, 4), "textcoords": "offset points"}
+            if i % 2 == 1:
+                place["xytext"] = (5, -10)  # in turns, for points that nearly meet
             axes.annotate(row["name"], point, fontsize=8, **place)
         if dataset in THRESHOLDS:
             axes.axhline(100 * THRESHOLDS[dataset], color="gray", linestyle="--")

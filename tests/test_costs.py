@@ -130,20 +130,20 @@ def test_a_bias_is_one_more_addition_and_a_scale_one_more_product():
         assert operations(model, packed, buffers) == 2 * 480 + more
 
 
-@torch.library.custom_op("bcq_tests::review_padding", mutates_args=())
-def review_padding(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("bcq_tests::interview_padding", mutates_args=())
+def interview_padding(x: torch.Tensor) -> torch.Tensor:
     """An operation that computes, whatever words its name is made of."""
     return x + 1
 
 
-@review_padding.register_fake
+@interview_padding.register_fake
 def _(x):
     return torch.empty_like(x)
 
 
 class Computes(nn.Module):
     def forward(self, x):
-        return review_padding(x)
+        return interview_padding(x)
 
 
 class Moves(nn.Module):
