@@ -79,7 +79,7 @@ def binarize_stochastic(w, u):
 
 
 def clip(w):
-    """w between -1 and 1: far beyond, small steps hardly change a sign. The paper, section 2.4."""
+    """w in [-1, 1]: outside, small steps could not change its sign. The paper, section 2.4."""
     return w.clamp(-1, 1)
 
 
@@ -455,8 +455,8 @@ def evaluate(model, params, buffers, batches, forward=apply):
 def true_classes(logits, labels):
     """The labels as classes, int64: (n,), or (n, ...) of dense logits (n, classes, ...).
 
-    labels: so already, or probabilities, shaped as the logits. Raises ValueError for other shapes,
-    and for a model that gives no tensor.
+    labels: classes of that shape, or probabilities, of the logits' shape. Raises ValueError for
+    other shapes, and for a model that gives no tensor.
     """
     if not torch.is_tensor(logits):
         kind = type(logits).__name__
