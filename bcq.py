@@ -29,6 +29,7 @@ import functools
 import hashlib
 import inspect
 import io
+import math
 import os
 import struct
 import warnings
@@ -555,8 +556,11 @@ def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
 def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam. Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1."""
 
+    def bias(beta, step):  # 1 - beta**step, to the last digit of float32 near 0 too
+        return -torch.expm1(step * math.log(max(beta, 1e-38)))
+
     def init(params):
-        step = torch.zeros((), dtype=torch.float64)
+        step = torch.zeros(())
         return {"step": step, "mean": zeros_like(params), "square": zeros_like(params)}
 
     def update(grads, state, params, lr):
@@ -565,9 +569,9 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
         for name, g in grads.items():
             mean = beta1 * state["mean"][name] + (1 - beta1) * g
             square = beta2 * state["square"][name] + (1 - beta2) * g * g
-            rate = lr / (1 - beta1**step)
-            step_by = -rate * mean / ((square / (1 - beta2**step)).sqrt() + eps)
-            updates[name] = step_by.to(g.dtype)
+            rate = lr / bias(beta1, step)
+            root = (square / bias(beta2, step)).sqrt() + eps
+            updates[name] = -rate * mean / root
             means[name] = mean
             squares[name] = square
         return updates, {"step": step, "mean": means, "square": squares}
@@ -1066,14 +1070,19 @@ def is_exact(kernel, device):
     one = torch.ones(64, device=device)
     try:
         if kernel is int_mm:
-            lowest = torch.full_like(w, -128)
-            found = int_mm(lowest, w)
-            return bool((found == -64 * 128 * 127).all())
-        geometry = ((1, 1), (0, 0), (1, 1), 1)
-        found = kernel(q, w[..., None, None], 0, 1.0, one, torch.zeros_like(one), geometry, {})
-        return bool((found == 64 * 255 * 127).all())
+            found, expected = int_mm(torch.full_like(w, -128), w), -64 * 128 * 127
+        else:
+            geometry = ((1, 1), (0, 0), (1, 1), 1)
+            weight = w[..., None, None]
+            found = kernel(q, weight, 0, 1.0, one, torch.zeros_like(one), geometry, {})
+            expected = 64 * 255 * 127
+        exact = bool((found == expected).all())
     except (RuntimeError, AttributeError, TypeError):  # a torch, or a device, that has not got it
-        return False
+        exact = False
+    if kernel is int_mm and not exact:
+        slower = "integer layers are computed there in wide floats, exactly but slower"
+        warnings.warn(f"{device}: no exact product of int8 matrices; {slower}", stacklevel=2)
+    return exact
 
 
 def suits_onednn(q, w, geometry):
@@ -1086,12 +1095,28 @@ def suits_onednn(q, w, geometry):
     return square and usual and wide and few_terms and is_exact(onednn_conv2d, q.device)
 
 
-def float_for_sums(w, device):
-    """The float whose mantissa holds every sum of w's filters with inputs from -255 to 255."""
+@functools.cache
+def has_float64(device):
+    """Whether a device computes in float64: some accelerators do not."""
+    try:
+        return bool(torch.zeros(1, dtype=torch.float64, device=device).sum() == 0)
+    except (RuntimeError, TypeError):
+        return False
+
+
+def sum_in_floats(layer, q, w, zero_point):
+    """layer(q - zero_point, w), int32, in floats whose mantissa holds every sum of w's filters."""
+    device = q.device
+    if not has_float64(device):
+        q, w = q.cpu(), w.cpu()
     largest = 255 * w.int().abs().flatten(1).sum(1).max().item()
-    if device.type == "cpu" and largest < 2**24:  # on CUDA, float32 convolutions may take TF32
-        return torch.float32
-    return torch.float64
+    dtype = torch.float64
+    if q.device.type == "cpu" and largest < 2**24:  # on CUDA, float32 convolutions may take TF32
+        dtype = torch.float32
+    x = q.to(dtype) - zero_point
+    # NNPACK's convolutions are Winograd's, which are not exact
+    with torch.autocast(x.device.type, enabled=False), torch.backends.nnpack.flags(enabled=False):
+        return layer(x, w.to(dtype)).round().int().to(device)
 
 
 def check_terms(w):
@@ -1107,12 +1132,10 @@ def integer_linear(q, w, zero_point):
     Raises ValueError where 32 bits might not hold the sums.
     """
     check_terms(w)
-    if is_exact(int_mm, q.device):
-        centred = q.bitwise_xor(128).view(torch.int8)  # q - 128
-        return int_mm(centred, w.T) + (128 - zero_point) * w.sum(1).int()
-    dtype = float_for_sums(w, q.device)
-    with torch.autocast(q.device.type, enabled=False):
-        return ((q.to(dtype) - zero_point) @ w.T.to(dtype)).int()
+    if not is_exact(int_mm, q.device):
+        return sum_in_floats(F.linear, q, w, zero_point)
+    centred = q.bitwise_xor(128).view(torch.int8)  # q - 128
+    return int_mm(centred, w.T) + (128 - zero_point) * w.sum(1).int()
 
 
 def integer_conv2d(q, w, zero_point, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
@@ -1122,13 +1145,11 @@ def integer_conv2d(q, w, zero_point, stride=(1, 1), padding=(0, 0), dilation=(1,
     might not hold the sums.
     """
     check_terms(w)
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     if groups == 1 and is_exact(int_mm, q.device):
-        return conv2d_by_windows(q, w, zero_point, stride, padding, dilation)
-    dtype = float_for_sums(w, q.device)
-    x = q.to(dtype) - zero_point
-    # NNPACK's convolutions are Winograd's, which are not exact
-    with torch.autocast(q.device.type, enabled=False), torch.backends.nnpack.flags(enabled=False):
-        return F.conv2d(x, w.to(dtype), None, stride, padding, dilation, groups).round().int()
+        return conv2d_by_windows(q, w, zero_point, **geometry)
+    layer = functools.partial(F.conv2d, groups=groups, **geometry)
+    return sum_in_floats(layer, q, w, zero_point)
 
 
 def conv2d_by_windows(q, w, zero_point, stride, padding, dilation):

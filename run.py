@@ -32,7 +32,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from fnmatch import fnmatch
@@ -593,13 +593,16 @@ def choose_device(name=None, threads=None, processes=1):
 
     if name is None:
         name = "cpu"
-        if torch.accelerator.is_available():
-            name = torch.accelerator.current_accelerator().type
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found and (processes == 1 or found.type == "cuda"):
+            name = found.type
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"--device {name}: {one_line(error)}") from None
+    if processes > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: several processes take cpu or cuda")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in products of matrices
     if device.type == "cpu":
         keep_memory()
@@ -1268,7 +1271,10 @@ def mix_images(x, labels, others, mix, generator):
 @torch.no_grad()
 def blend_teacher(x, labels, job):
     """The labels, probabilities, blended with those that the teacher gives for x (Hinton 2015)."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=job.config.dtype == "bf16"):
+    context = nullcontext()
+    if job.config.dtype == "bf16":
+        context = torch.autocast(x.device.type, torch.bfloat16)
+    with context:
         logits = job.teacher(x)
     share = job.config.teacher_share
     return share * logits.float().softmax(1) + (1 - share) * labels
@@ -1295,6 +1301,11 @@ def make_batches(job):
         return x, labels
 
     return draw_batch
+
+
+def compiles_steps():
+    """Whether this torch takes a step, with the gradient inside it, as one graph."""
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 
 def compile_step(step, backend="inductor"):
@@ -2119,7 +2130,7 @@ def make_cells(words, common):
         if own.get("mode") != "lsq":  # the others have no bits to choose
             own = {key: value for key, value in own.items() if key not in bits}
             flags = {key: value for key, value in flags.items() if key not in bits}
-        name = "-".join(SHORT.get(k, k) + re.sub("[/:]", "_", v) for k, v in own.items())
+        name = "-".join(SHORT.get(k, k) + re.sub(r"[^\w.=-]", "_", v) for k, v in own.items())
         cells[name] = flags
     return cells
 
@@ -2366,7 +2377,7 @@ def build_parser():
     add("--inputs", choices=ways, help="int8: calibrated (default), by batch, or not quantized")
     add("--fit", choices=["min-max", "min-mse"], help="of static inputs (default: min-max)")
     add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--device", help="cpu, cuda:1, mps, ... (default: torch.accelerator's, or cpu)")
     add("--threads", type=number(int, 1, 1024), help="of the CPU (default: its cores)")
     return parser
 
@@ -2435,6 +2446,9 @@ def check_arguments(args):
     if mode != "ptq" and args.dtype in ("fp16", "int8"):
         why = "latent weights in so few bits would lose small updates"
         raise ValueError(f"--dtype {args.dtype} is for --mode ptq: {why}")
+
+    if given.get("compile") and not compiles_steps():
+        raise ValueError(f"--compile: torch {torch.__version__} does not compile a whole step")
 
     # Epochs in full precision are for methods that change the weights alone, and all at once.
     if given.get("real_epochs"):

@@ -13,6 +13,9 @@ import bcq
 import run
 
 pytestmark = pytest.mark.slow
+whole_steps = pytest.mark.skipif(
+    not run.compiles_steps(), reason="this torch does not compile a whole step"
+)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
@@ -34,6 +37,7 @@ OPTIMIZERS = {
 }
 
 
+@whole_steps
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_whole_step_is_one_graph_and_is_never_compiled_again(small, name):
     params, buffers = bcq.split(small)
@@ -49,6 +53,7 @@ def test_the_whole_step_is_one_graph_and_is_never_compiled_again(small, name):
     assert counter.frame_count == 1
 
 
+@whole_steps
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_step_compiled_forward_and_backward_leaves_the_state_that_the_eager_one_leaves(
     small, dtype
@@ -68,6 +73,7 @@ def test_a_step_compiled_forward_and_backward_leaves_the_state_that_the_eager_on
         torch.testing.assert_close(found, expected, **tolerance)
 
 
+@whole_steps
 @pytest.mark.parametrize("grid", [(1, 1), (4, 0)])
 def test_quantized_inputs_compile_to_one_graph_with_the_same_result_and_gradients(grid):
     model = FunctionalReLU()
@@ -91,6 +97,7 @@ def test_quantized_inputs_compile_to_one_graph_with_the_same_result_and_gradient
         assert torch.allclose(found, expected, atol=1e-6)
 
 
+@whole_steps
 def test_a_run_whose_step_is_compiled_trains_the_same_network(tmp_path, monkeypatch):
     counter, compile_step = CompileCounter(), run.compile_step
 
