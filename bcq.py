@@ -23,6 +23,7 @@ those of model.named_buffers(). "The paper" is Courbariaux, Bengio and David 201
 arXiv:1511.00363; the lab is the one on quantization in the course that the README names.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -31,11 +32,14 @@ import inspect
 import io
 import math
 import os
+import secrets
 import struct
+import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import contextmanager
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -267,7 +271,7 @@ def square_hinge(logits, labels):
     return (labels * at_label + (1 - labels) * elsewhere).mean()
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_second_forward(model):
     """Raises RuntimeError if a module of the model runs while this lasts: in the backward pass.
 
@@ -1635,25 +1639,48 @@ def load_packed(path, build):
     content = read_checkpoint(path)
     if "packed" not in content:
         raise ValueError(f"{path}: not a packed network")
-    model = construct(path, build, content.get("hyperparam"))
     try:
         stored = unpack_blob(content["packed"], content["net"]["blob"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        raise ValueError(f"{path}: its index and its bits do not fit together") from None
+    except (
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        why = f"its index and its bits do not fit together ({error})"
+        raise ValueError(f"{path}: {why}") from None
 
-    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    tensors = {**neutral_statistics(model), **stored}
-    tensors = fit_names(tensors, {**params, **buffers}, path)
-    packed = {name: tensors[name] for name in params}
-    buffers = {name: tensors[name] for name in buffers}
+    def fit(model):
+        expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        tensors = fit_names({**neutral_statistics(model), **stored}, expected, path)
+        for name, value in tensors.items():
+            owner, _, last = name.rpartition(".")
+            norm = isinstance(model.get_submodule(owner), nn.modules.batchnorm._BatchNorm)
+            layer = last == "weight" and expected[name].ndim > 1
+            if (isinstance(value, FoldedNorm) and not norm) or (
+                isinstance(value, (Packed, Shifted)) and not layer
+            ):
+                raise ValueError(f"{path}: {name} is no {type(value).__name__}")
+        return tensors
+
+    model = construct(path, build, content.get("hyperparam"), fit, stored)
+    tensors = fit(model)
+    packed = {name: tensors[name] for name, _ in model.named_parameters()}
+    buffers = {name: tensors[name] for name, _ in model.named_buffers()}
     meta = {key: v for key, v in content.items() if key not in ("net", "packed")}
     return model, packed, buffers, meta
 
 
+STORED = ("float16", "bfloat16", "float32", "float64")
+STORED += ("bool", "uint8", "int8", "int16", "int32", "int64")
+
+
 def unpack_blob(index, blob):
-    """The values {name: ...} of a packed file, from its index and its bytes."""
-    position = 0
-    values = {}
+    """The values {name: ...} of a packed file, from its index and its bytes. ValueError, and others
+    for what cannot be read at all, where they do not fit."""
+    position, values = 0, {}
     for name, entry in index.items():
         parts = {}
         for key, part in entry.items():
@@ -1661,19 +1688,48 @@ def unpack_blob(index, blob):
                 dtype, shape, length = part
                 data = blob[position : position + length].clone()
                 position += length
+                if dtype not in STORED or min([0, length, *shape]) < 0 or len(data) != length:
+                    raise ValueError(f"{key} of {name}")
                 part = data.view(getattr(torch, dtype)).view(shape)
             parts[key] = part
         values[name] = from_file_parts(parts)
-        check_size(values[name])
+        check_parts(name, values[name])
+    if position != len(blob) or blob.dtype != torch.uint8:
+        raise ValueError(f"{len(blob)} bytes, not {position}")
     return values
 
 
-def check_size(value):
-    """Raises ValueError for a Packed whose bytes are not those of its shape."""
+def check_parts(name, value):
+    """Raises ValueError for a value of a packed file that pack does not make."""
+    if any(type(n) is not int or n < 0 for n in value.shape):
+        raise ValueError(f"shape of {name}")
+    parts = []
     if isinstance(value, Packed):
         count = torch.Size(value.shape).numel()
-        if len(value.q) != -(-count * value.bits // 8) or len(value.scale) != value.shape[0]:
-            raise ValueError("its bytes do not fit its shape")
+        whole = type(value.bits) is int and 1 <= value.bits <= 8
+        if not whole or len(value.q) != -(-count * value.bits // 8) or value.q.ndim != 1:
+            raise ValueError(f"codes of {name}")
+        if value.q.dtype != torch.uint8 or value.scale is None or 0 in value.shape:
+            raise ValueError(f"codes of {name}")
+        if value.grid is not None:
+            bits, zero_point = value.grid
+            if type(bits) is not int or type(zero_point) is not int:
+                raise ValueError(f"grid of {name}")
+            if not 1 <= bits <= 8 or not 0 <= zero_point < 2**bits:
+                raise ValueError(f"grid of {name}")
+        step = value.input_scale
+        if step is not None and (type(step) is not float or not 0 < step < math.inf):
+            raise ValueError(f"step of {name}")
+        parts = [value.scale, value.shift]
+    elif isinstance(value, Shifted):
+        parts = [value.shift]
+    for part in parts:  # one float for each output
+        if part is None:
+            continue
+        if part.shape != value.shape[:1] or part.dtype != torch.float32:
+            raise ValueError(f"scale or shift of {name}")
+        if not part.isfinite().all():
+            raise ValueError(f"scale or shift of {name}: not finite")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1703,11 +1759,13 @@ def to_device(value, device):
     """Nested dicts, lists and tuples with their tensors, in an OwnLayer too, on the device."""
     if torch.is_tensor(value):
         return value.to(device)
+    if type(value) is str:
+        return sys.intern(value)  # equal strings are written once, wherever they come from
     if isinstance(value, OwnLayer):
         fields = [f.name for f in dataclasses.fields(value) if f.init]
         return type(value)(**{name: to_device(getattr(value, name), device) for name in fields})
     if isinstance(value, dict):
-        return {key: to_device(v, device) for key, v in value.items()}
+        return {to_device(key, device): to_device(v, device) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)([to_device(v, device) for v in value])
     return value
@@ -1727,15 +1785,36 @@ def save_checkpoint(path, net, hyperparam, **meta):
     torch.save(content, stream)
     # a zip archive ends with the length of its comment: from 0 to that of the seal and its checksum
     sealed = stream.getvalue()[:-2] + struct.pack("<H", len(SEAL) + 32) + SEAL
-    temporary = Path(f"{path}.tmp")
+    write_file(path, sealed + hashlib.sha256(sealed).digest())
+
+
+def write_file(path, data):
+    """Writes bytes to a file: whatever happens, path is the old file or the new one, whole.
+
+    Raises OSError, which says whether there is an older file.
+    """
+    path = Path(path)
+    temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")  # no other writer's
     try:
-        with open(temporary, "wb") as file:
-            file.write(sealed + hashlib.sha256(sealed).digest())
+        with open(temporary, "xb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        kept = ""
+        if path.exists():
+            kept = "; the older file is as it was"
+        raise OSError(error.errno, f"{error.strerror}{kept}", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the new name is to outlive a power cut, too
+        with contextlib.suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 SAVED_KINDS = (int, float, str, bytes, type(None), torch.Tensor, torch.Size, torch.dtype)
@@ -1757,22 +1836,22 @@ def check_savable(path, key, value):
 def read_checkpoint(path):
     """The dict in a checkpoint file, tensors on the CPU; its checksum is verified first.
 
-    Files of others have no seal. No code in a file is ever run. Raises OSError, or ValueError if
-    damaged.
+    Files of others have no seal. No code in a file is ever run, and none makes more of itself than
+    it is: compressed, nested without end, tensors larger than the file. Raises OSError, or
+    ValueError for such a file and for a damaged one.
     """
     data = Path(path).read_bytes()
     sealed, digest = data[:-32], data[-32:]
     has_seal = sealed.endswith(SEAL)
     if has_seal and hashlib.sha256(sealed).digest() != digest:
         raise ValueError(f"{path}: damaged, its checksum does not match")
+    check_archive(path, data)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that it cannot read
         why = "damaged, or not one"
         if data[8:10] == b'{"':
             why = "a safetensors file: load it with that library and save its dict by torch.save"
-        elif "torchscript" in str(error).lower():
-            why = "a TorchScript archive: save its state_dict() by torch.save"
         elif "weights_only" in str(error).lower():
             why = "it holds a pickled object: save the state_dict(), not the module"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
@@ -1780,7 +1859,43 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     if "bcq" in content and not has_seal:
         raise ValueError(f"{path}: damaged, its checksum is missing")
+    check_content(path, content, len(data))
     return rename_step_sizes(content)
+
+
+def check_archive(path, data):
+    """Raises ValueError for a zip archive that torch.save does not write."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = archive.infolist()
+    except Exception:  # not a zip archive, or a damaged one: torch.load says which
+        return
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise ValueError(f"{path}: a TorchScript archive: save its state_dict() by torch.save")
+    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if compressed or sum(entry.file_size for entry in entries) > len(data):
+        raise ValueError(f"{path}: damaged, or compressed, which torch.save does not do")
+
+
+def check_content(path, content, size):
+    """Raises ValueError for content that a file of so many bytes cannot hold in earnest."""
+    waiting, count, total = [(content, 0)], 0, 0
+    while waiting:
+        value, depth = waiting.pop()
+        parts = []
+        if torch.is_tensor(value):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                kind = "a sparse, meta or quantized tensor"
+                raise ValueError(f"{path}: holds {kind}; save plain ones, with values")
+            total += value.numel() * value.element_size()
+        elif isinstance(value, dict):
+            parts = [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            parts = value
+        count += len(parts)
+        if depth > 50 or count > 10**6 or total > 8 * size + 2**20:
+            raise ValueError(f"{path}: its values are nested, or repeated, without end")
+        waiting += [(part, depth + 1) for part in parts]
 
 
 def rename_step_sizes(value):
@@ -1809,15 +1924,21 @@ def load_checkpoint(path, build):
     what a constructor raises goes through.
     """
     content = read_checkpoint(path)
-    model = construct(path, build, content.get("hyperparam"))
     net, meta = content, {}
     for name in NET_NAMES:
         if name in content:
             net = content[name]
             meta = {key: v for key, v in content.items() if key != name}
             break
-    expected = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t)}
-    net = fit_names(net, expected, path)
+
+    def fit(model):
+        expected = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t)}
+        return fit_names(net, expected, path)
+
+    model = construct(path, build, content.get("hyperparam"), fit, net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said once
+        net = fit(model)
     state = OrderedDict(net)
     state._metadata = model.state_dict()._metadata  # the versions that some modules ask for
     model.load_state_dict(state, strict=False)  # fit_names has seen that all is there
@@ -1830,8 +1951,12 @@ def load_checkpoint(path, build):
     return model, params, buffers, meta
 
 
-def construct(path, build, hyperparam):
-    """build called with the hyperparam in a file. Raises ValueError where it does not take it."""
+def construct(path, build, hyperparam, fit, net):
+    """build called with the hyperparam in a file. Raises ValueError where it does not take it.
+
+    First without memory for the weights, where the constructor can do that: fit(model) raises for
+    one that the file's net is not of, before it fills the memory.
+    """
     args, kwargs = (), {}
     if isinstance(hyperparam, dict):
         kwargs = hyperparam
@@ -1843,7 +1968,47 @@ def construct(path, build, hyperparam):
         raise ValueError(
             f"{path}: the model does not take the file's hyperparam ({error})"
         ) from None
-    return build(*args, **kwargs)
+
+    if not args and not kwargs:  # nothing that the file says decides its size
+        return build(*args, **kwargs)
+
+    sketch = None
+    with no_larger_than(net) as exceeded:
+        silent = contextlib.redirect_stdout(io.StringIO())
+        with contextlib.suppress(Exception), silent, torch.device("meta"):
+            sketch = build(*args, **kwargs)
+        if exceeded:
+            raise ValueError(f"{path}: its hyperparam are of a far larger network than its own")
+        if sketch is not None:  # else it computes with its weights, perhaps
+            fit(sketch)
+        try:
+            return build(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: no model can be built of its hyperparam ({why})") from error
+
+
+@contextlib.contextmanager
+def no_larger_than(net):
+    """Raises OverflowError in what builds a module far larger than net; a list says that it did."""
+    shapes, exceeded = [], []
+    if isinstance(net, dict):
+        shapes = [getattr(value, "shape", ()) for value in net.values()]
+    count, values = 100 + 10 * len(shapes), 10**6 + 10 * sum(map(math.prod, shapes))
+
+    def watch(module, name, parameter):
+        nonlocal count, values
+        if parameter is not None:
+            count, values = count - 1, values - parameter.numel()
+        if count < 0 or values < 0:
+            exceeded.append(name)
+            raise OverflowError("far larger than the file")
+
+    hook = nn.modules.module.register_module_parameter_registration_hook(watch)
+    try:
+        yield exceeded
+    finally:
+        hook.remove()
 
 
 def fit_names(net, expected, path):
@@ -1865,9 +2030,12 @@ def fit_names(net, expected, path):
         if name not in found:
             wrong.append(f"{name} is missing")
             continue
-        shape = getattr(found[name], "shape", type(found[name]).__name__)
+        value = found[name]
+        shape = getattr(value, "shape", type(value).__name__)
         if shape != t.shape:
             wrong.append(f"{name} is {shape_text(shape)}, expected {shape_text(t.shape)}")
+        elif torch.is_tensor(value) and value.is_floating_point() != t.is_floating_point():
+            wrong.append(f"{name} is {value.dtype}, expected {t.dtype}")
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     if wrong:
         words = "; ".join(wrong[:5])

@@ -8,6 +8,11 @@ Sections: settings, data, the machine, models and files, the job, the step and t
 deployment, sweeps, the command line.
 """
 
+import signal
+
+if __name__ == "__main__":  # until main has begun, Ctrl-C ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import ctypes
@@ -15,6 +20,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -22,7 +28,6 @@ import os
 import platform
 import re
 import shlex
-import signal
 import socket
 import statistics
 import subprocess
@@ -32,16 +37,18 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from fnmatch import fnmatch
 from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
@@ -741,10 +748,11 @@ def default_width(name):
     return width.default
 
 
-def build_model(config, name):
+def build_model(config, name, saved=None):
     """The network of a configuration, initialised by its seed: (model, hyperparam).
 
-    name: its model, as --model has it, with the whole path of a user's file.
+    name: its model, as --model has it, with the whole path of a user's file. Raises ValueError
+    where a saved run has another.
     """
     build = find_builder(name)
     takes = inspect.signature(build).parameters
@@ -754,6 +762,8 @@ def build_model(config, name):
         value = getattr(config, key)
         if value is not None and (key in takes or takes_all):
             hyperparam[key] = value
+    if saved and saved["hyperparam"] != hyperparam:
+        raise ValueError(f"{config.model} is not the network that this run began with")
 
     torch.manual_seed(config.seed)
     model = build(**hyperparam)
@@ -782,16 +792,17 @@ class Network:
         return self.forward(self.model, self.params, self.buffers, x, train)[0]
 
 
-def load_network(path, device, name=None, fp32=False, **hyperparam):
+def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam):
     """The network in a file. Raises OSError, or ValueError where it is damaged, or has a NaN.
 
     name, hyperparam: of the model, for files of weights alone, which do not say. fp32: with its
-    tensors in float32, whatever the file has.
+    tensors in float32, whatever the file has. beside: the --model that was typed for another
+    network: code in that file, and no other, may be this one's.
     """
     content = bcq.read_checkpoint(path)
     config, packed = content.get("config"), "packed" in content
     if not name and "bcq" in content and isinstance(config, dict):
-        name = config.get("model")
+        name = typed_code(path, config.get("model"), beside)
     if not isinstance(name, str):
         raise ValueError(f"{path}: does not say of which model it is (for --checkpoint: --model)")
     build = find_builder(name)
@@ -801,7 +812,11 @@ def load_network(path, device, name=None, fp32=False, **hyperparam):
     model, params, buffers, meta = load(path, build)
     if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
         meta = {"hyperparam": content.get("hyperparam")}
+    check_meta(path, meta, params)
     refuse_nan(path, {**params, **buffers})
+    if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
+        meta = {"hyperparam": content.get("hyperparam")}
+    check_meta(path, meta, params)
     refuse_nan(path, meta.get("latent", {}))
 
     if fp32 and not packed:
@@ -817,6 +832,105 @@ def load_network(path, device, name=None, fp32=False, **hyperparam):
     forward = guard(forward, f"running --model {name}")
     model = model.to(device)
     return Network(str(path), name, model, params, buffers, forward, dtype, packed, meta)
+
+
+def typed_code(path, name, beside=None):
+    """The model that a file names. ValueError where it is code that nobody typed: a file runs none.
+
+    beside: a FILE.py:NAME that was typed; then it may be another NAME in that FILE.py.
+    """
+    if not isinstance(name, str) or ":" not in name:
+        return name
+    file, _, attribute = name.rpartition(":")
+    typed, how = str(beside or "").rpartition(":")[0], f"type --model {name} to run it"
+    if beside:
+        how = "have --model's file define it, too"
+    if not typed or Path(typed).name != Path(file).name:
+        raise ValueError(f"{path}: its network is code, {name}, which a file does not run: {how}")
+    return f"{typed}:{attribute}"
+
+
+def code_digest(name):
+    """The SHA-256 of the file of code that --model names, in hexadecimal; None where it is ours."""
+    file = Path(name.rpartition(":")[0])
+    if name in models.MODELS or not file.is_file():
+        return None
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def is_plain(value):
+    """Whether a value is of numbers, strings, lists and dicts: what JSON can say."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def is_number(value, low=0, high=math.inf, kinds=(int, float)):
+    """Whether a value is a number from low to high."""
+    return type(value) in kinds and low <= value <= high
+
+
+def are_tensors(value, shapes, dtype):
+    """Whether a value is a dict of tensors, those in shapes of that shape and of that dtype."""
+    if not isinstance(value, dict) or not all(map(torch.is_tensor, value.values())):
+        return False
+    known = [(t, shapes[name]) for name, t in value.items() if name in shapes]
+    return all(t.shape == shape and t.dtype == dtype for t, shape in known)
+
+
+def are_words(value):
+    """Whether a value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def are_bits(value, most):
+    """Whether a value is {name: bits}."""
+    return isinstance(value, dict) and all(is_number(b, 1, most, (int,)) for b in value.values())
+
+
+def are_grids(value):
+    """Whether a value is {name: (bits, zero point)}."""
+    return isinstance(value, dict) and all(
+        isinstance(grid, (tuple, list))
+        and len(grid) == 2
+        and is_number(grid[0], 1, 8, (int,))
+        and is_number(grid[1], 0, 255, (int,))
+        for grid in value.values()
+    )
+
+
+def check_meta(path, meta, params):
+    """Raises ValueError, naming the entry, where a file says what cannot be of its network."""
+    shapes = {name: w.shape for name, w in params.items()}
+    plain = {"config": dict, "dataset": str, "mode": str, "accuracies": dict}
+    rules = {
+        key: lambda v, kind=kind: isinstance(v, kind) and is_plain(v) for key, kind in plain.items()
+    }
+    three = lambda v: isinstance(v, (list, tuple)) and len(v) == 3  # noqa: E731
+    rules |= {
+        "classes": are_words,
+        "names": are_words,
+        "mean": lambda v: three(v) and all(is_number(x, -math.inf) for x in v),
+        "std": lambda v: three(v) and all(is_number(x, 1e-9) for x in v),
+        "zca": lambda v: [tuple(t.shape) for t in v] == [(3072,), (3072, 3072)],
+        "train_images": lambda v: is_number(v, kinds=(int,)),
+        "bits": lambda v: are_bits(v, 32),
+        "grids": are_grids,
+        "steps": lambda v: are_tensors(v, dict.fromkeys(v, ()), torch.float32),
+        "latent": lambda v: are_tensors(v, shapes, torch.float32),
+        "masks": lambda v: are_tensors(v, shapes, torch.bool),
+    }
+    for key, is_right in rules.items():
+        if key not in meta:
+            continue
+        try:
+            right = is_right(meta[key])
+        except (AttributeError, TypeError):
+            right = False
+        if not right:
+            raise ValueError(f"{path}: its {key} are not what a file of run.py says")
 
 
 def refuse_nan(path, tensors):
@@ -875,6 +989,7 @@ class Source:
     """Where a run has things from, on this machine: saved, so that it can go on."""
 
     model: str = Config.model
+    code: str | None = None  # see code_digest
     dataset: str | None = None
     data_dir: str = "data"
     init: str | None = None
@@ -905,6 +1020,7 @@ class Job:
     methods: dict  # {weight name: Method}
     optimizer: bcq.Optimizer
     forward: Callable
+    fingerprints: dict  # of what a run goes on with: see fingerprint
 
     @property
     def steps(self):
@@ -920,7 +1036,7 @@ def prepare_job(config, source, world=World(), saved=None):
     device = choose_device(source.device, source.threads, world.local_size)
     teacher, init = None, None
     if source.teacher:
-        teacher = load_network(source.teacher, device, fp32=True)
+        teacher = load_network(source.teacher, device, fp32=True, beside=source.model)
     if source.init and not saved:
         bcq.read_checkpoint(source.init)  # what is wrong with it is found before the data are read
     with first_process_first(world):
@@ -929,12 +1045,19 @@ def prepare_job(config, source, world=World(), saved=None):
     data = split_validation(data, config.val, config.subset, config.seed)
     config = fit_batch(config, len(data["train_y"]), world)
 
-    model, hyperparam = build_model(config, source.model)
+    model, hyperparam = build_model(config, source.model, saved)
     if source.init and not saved:
         init = load_network(source.init, device, source.model, fp32=True, **hyperparam)
         if init.meta.get("masks"):
             config = keep_zeros(config)
-    data = bcq.to_device(add_preparation(data, config, saved, init, teacher), device)
+    data = add_preparation(data, config, saved, init, teacher)
+    fingerprints = {"training images, or their classes,": fingerprint(data)}
+    if teacher:
+        fingerprints["teacher"] = fingerprint({**teacher.params, **teacher.buffers})
+    for what, digest in fingerprints.items():
+        if saved and saved["fingerprints"].get(what) != digest:
+            raise ValueError(f"the {what} are not those that this run began with")
+    data = bcq.to_device(data, device)
     model = model.to(device)
     if world.size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # parameters keep their names
@@ -984,8 +1107,24 @@ def prepare_job(config, source, world=World(), saved=None):
         methods=methods,
         optimizer=optimizer,
         forward=forward,
+        fingerprints=fingerprints,
         **parts,
     )
+
+
+def fingerprint(values):
+    """A SHA-256 of the tensors and words of a dict, in hexadecimal, but for the test images."""
+    digest = hashlib.sha256()
+    for key, value in sorted(values.items()):
+        if key.startswith("test_"):
+            continue
+        if isinstance(value, bcq.OwnLayer):
+            value = value.tensors()
+        for part in value if isinstance(value, (list, tuple)) else [value]:
+            digest.update(repr((key, getattr(part, "shape", part))).encode())
+            if torch.is_tensor(part):
+                digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def complete(config, data, device):
@@ -1482,28 +1621,154 @@ def share_flipped(before, after, names):
 def train(args):
     """A --mode that trains, and --resume: trains, then tests the file once: the exit status."""
     world = find_world()
-    with join_processes(world, args.device):
-        if not args.resume:
-            folder = None
-            if world.rank == 0:  # which alone writes
-                folder = new_folder(args)
-            job = prepare_job(configure(args), locate(args), world)
-            return run_epochs(job, initial_state(job), folder, args.expect)
+    with join_processes(world, args.device), own_folder(args, world) as folder:
+        if args.resume:
+            return resume(args, folder, world)
+        job = prepare_job(configure(args), locate(args), world)
+        return run_epochs(job, initial_state(job), folder, args.expect)
 
-        folder = Path(args.resume)
-        saved = read_run(folder)
-        accuracy = finished_accuracy(folder)
-        if accuracy is not None:
-            print(f"test       accuracy {accuracy:.4f}: {folder} is finished, nothing to do")
-            return expect(accuracy, args.expect)
-        source = Source(**saved["source"])
-        if source.processes != world.size:  # its threads were those of one of so many
-            source = replace(source, threads=None)
-        moved = {key: v for key, v in vars(locate(args)).items() if key in args.given}
-        source = replace(source, **moved)  # --device, --threads, --data-dir
-        job = prepare_job(Config(**saved["config"]), source, world, saved)
-        state = bcq.to_device(saved["state"], job.device)
-        return run_epochs(job, state, folder, args.expect)
+
+def resume(args, folder, world):
+    """--resume: goes on with the run in a folder: the exit status."""
+    saved = read_run(folder)
+    accuracy = finished_accuracy(folder)
+    if accuracy is not None:
+        print(f"test       accuracy {accuracy:.4f}: {folder} is finished, nothing to do")
+        return expect(accuracy, args.expect)
+    source = Source(**saved["source"])
+    if source.processes != world.size:  # its threads were those of one of so many
+        source = replace(source, threads=None)
+    moved = {key: v for key, v in vars(locate(args)).items() if key in args.given}
+    source = replace(source, **moved)  # --device, --threads, --data-dir, --model
+    if code_digest(source.model) != source.code:
+        why = "is not the code, or the network, that this run began with"
+        raise ValueError(f"{source.model}: {why}: give that by --model FILE.py:NAME")
+    job = prepare_job(Config(**saved["config"]), source, world, saved)
+    state = bcq.to_device(saved["state"], job.device)
+    check_state(folder / "last.pth", state, job)
+    return run_epochs(job, state, folder, args.expect)
+
+
+@contextmanager
+def own_folder(args, world):
+    """The folder of a run; as long as this lasts, it is this run's alone. None where none writes.
+
+    --resume, --out, or the first runs/MODE-MODEL-N that is not there yet. What was made for nothing
+    is taken away again.
+    """
+    if world.rank > 0:
+        yield Path(args.resume) if args.resume else None
+        return
+    if args.resume or args.out:
+        folder = Path(args.resume or args.out)
+    else:
+        stem = f"{args.mode}-{Path(args.model).name.replace(':', '-')}"
+        numbered = (Path("runs") / f"{stem}-{i}" for i in itertools.count(1))
+        folder = next(path for path in numbered if not path.exists())
+    if args.out and folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, not the folder of a run")
+    if args.resume and not (folder / "last.pth").exists():
+        raise ValueError(f"{folder}: no run to resume there (no last.pth)")
+
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    lock = FileLock(folder / ".lock", timeout=0)  # the system's, so that no kill leaves it locked
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(args.resume or args.out))
+        lock.acquire()
+    except FileExistsError:  # another run, begun with this one, has taken the number
+        with own_folder(args, world) as folder:
+            yield folder
+        return
+    except Timeout:
+        raise ValueError(f"{folder}: another run is at work there; give another --out") from None
+    try:
+        has_run = (folder / "last.pth").exists() or (folder / "model.pth").exists()
+        if has_run and not args.resume:
+            raise ValueError(f"{folder}: holds a run already; go on with it by --resume {folder}")
+        for name in ("last.pth", "model.pth", *REPORTS):
+            for left in folder.glob(f"{name}.*.tmp"):  # by a run that was killed as it wrote
+                left.unlink()
+        yield folder
+    finally:
+        lock.release()
+        with suppress(OSError):  # not empty: a run is in it
+            (folder / "last.pth").exists() or (folder / ".lock").unlink()
+            for path in made:
+                path.rmdir()
+
+
+REPORTS = ("metrics.jsonl", "report.png", "result.json")  # in the order in which they are written
+
+
+LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (2, 10**6), "val": (0, 10**9)}
+LIMITS |= {"real_epochs": (0, 10**6), "crop": (0, 32), "threads": (1, 1024), "prune": (0, 0.99)}
+LIMITS |= {"seed": (0, 2**63), "processes": (1, 10**4), "norm_images": (0, 10**9)}
+CHOICES = {"mode": list(METHODS), "optimizer": list(OPTIMIZERS), "dtype": ["fp32", "bf16"]}
+CHOICES |= {"schedule": ["linear", "exponential"], "loss": ["cross-entropy", "square hinge"]}
+CHOICES |= {"latents": ["model", "uniform"], "mix": [None, "mixup", "cutmix"]}
+
+
+def check_run(path, saved):
+    """Raises ValueError for a last.pth that no run of this version has written."""
+    other = f"{path}: a checkpoint, but not of a run to resume with this version"
+    for name, kind in (("config", Config), ("source", Source)):
+        hints, found = get_type_hints(kind), saved.get(name)
+        if not isinstance(found, dict) or found.keys() != hints.keys():
+            raise ValueError(other)
+        for key, hint in hints.items():
+            value = found[key]
+            right = isinstance(value, hint) or (type(value) is int and isinstance(0.0, hint))
+            right = right and is_plain(value) and value in CHOICES.get(key, [value])
+            if right and isinstance(value, (int, float)):
+                low, high = LIMITS.get(key, (-math.inf, math.inf))
+                right = low <= value <= high
+            if not right:
+                raise ValueError(f"{path}: {key} cannot be {str(value)[:40]}")
+
+    state, entries = saved.get("state"), ("fingerprints", "first_steps", "hyperparam", "latent")
+    if not isinstance(state, dict) or not all(isinstance(saved.get(key), dict) for key in entries):
+        raise ValueError(other)
+    params, buffers = state.get("params"), state.get("buffers")
+    if not isinstance(params, dict) or not isinstance(buffers, dict):
+        raise ValueError(other)
+    for name, value in [*params.items(), *buffers.items(), *saved["first_steps"].items()]:
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise ValueError(other)
+    check_meta(path, {**saved, "steps": saved["first_steps"]}, params)
+    if not {"bits", "grids", "masks", "names"} <= saved.keys():
+        raise ValueError(other)
+    named = {*saved["bits"], *saved["grids"], *saved["masks"], *saved["names"]}
+    if not named <= params.keys() or not {*saved["names"]} <= {*saved["bits"]}:
+        raise ValueError(f"{path}: its bits are of other weights than its own")
+
+
+def check_state(path, state, job):
+    """Raises ValueError for a state that no step of this job leaves."""
+    first = initial_state(job)
+    right = state.keys() == first.keys() and is_number(state["step"], 0, job.steps - 1, (int,))
+    right = right and is_number(state["epoch"], 0, job.config.epochs, (int,))
+    right = right and is_number(state["seconds"]) and is_plain(state["history"])
+    for key in ("losses", "accuracies", "history"):
+        right = right and isinstance(state[key], list)
+    if right:
+        numbers = [*state["losses"], *state["accuracies"]]
+        right = len(numbers) == 2 * state["step"] and all(map(is_number, numbers))
+        right = right and len(state["history"]) == state["epoch"]
+    for key in ("params", "buffers", "opt_state", "before"):
+        right = right and are_alike(state[key], first[key])
+    if not right:
+        raise ValueError(f"{path}: its state is not one of this training")
+
+
+def are_alike(a, b):
+    """Whether two nested dicts and tuples hold tensors of the same shapes and dtypes."""
+    if torch.is_tensor(b):
+        return torch.is_tensor(a) and a.shape == b.shape and (a.dtype == b.dtype or not a.ndim)
+    if isinstance(b, dict):
+        return (
+            isinstance(a, dict) and a.keys() == b.keys() and all(are_alike(a[k], b[k]) for k in b)
+        )
+    return isinstance(a, tuple) and len(a) == len(b) and all(map(are_alike, a, b))
 
 
 def configure(args):
@@ -1512,7 +1777,7 @@ def configure(args):
     for key in ("init", "teacher"):
         if key in fields:
             fields[key] = Path(fields[key]).name
-    fields |= {"mode": args.mode, "model": args.model, "typed": tuple(fields)}
+    fields |= {"mode": args.mode, "model": args.model, "typed": tuple(sorted(fields))}
     fields["preset"], own = preset(paper="paper" in args.given, **fields)
     config = Config(**{**own, **fields})
     if config.width is None:
@@ -1536,6 +1801,7 @@ def locate(args):
     if args.model not in models.MODELS:
         file, _, name = args.model.rpartition(":")
         own["model"] = f"{Path(file).resolve()}:{name}"
+        own["code"] = code_digest(own["model"])
     for key in ("dataset", "data_dir", "init", "teacher"):
         path = getattr(args, key)
         if path and path not in BUILT_IN:
@@ -1544,39 +1810,21 @@ def locate(args):
     return Source(**own)
 
 
-def new_folder(args):
-    """The folder of a new run: --out, or the first runs/MODE-MODEL-N that is not there yet."""
-    if args.out:
-        folder = Path(args.out)
-    else:
-        stem = f"{args.mode}-{Path(args.model).name.replace(':', '-')}"
-        numbered = (Path("runs") / f"{stem}-{i}" for i in itertools.count(1))
-        folder = next(path for path in numbered if not path.exists())
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, not the folder of a run")
-    if (folder / "last.pth").exists() or (folder / "model.pth").exists():
-        raise ValueError(f"{folder}: holds a run already; go on with it by --resume {folder}")
-    return folder
-
-
 def read_run(folder):
-    """The content of last.pth in a folder. ValueError where there is no run to go on with."""
-    path = folder / "last.pth"
-    if not path.exists():
-        raise ValueError(f"{folder}: no run to resume there (no last.pth)")
-    saved = bcq.read_checkpoint(path)
-    config = saved.get("config", {})
-    if "state" not in saved or config.keys() != dataclasses.asdict(Config()).keys():
-        raise ValueError(f"{path}: a checkpoint, but not of a run to resume with this version")
+    """The content of last.pth in a folder. ValueError where no run of this version wrote it."""
+    saved = bcq.read_checkpoint(folder / "last.pth")
+    check_run(folder / "last.pth", saved)
     return saved
 
 
 def finished_accuracy(folder):
-    """The test accuracy of a run that came to its end, or None. Its last file is result.json."""
-    path = folder / "result.json"
-    if not path.exists() or not (folder / "model.pth").exists():
+    """The test accuracy of a run that came to its end, with all its files, or None."""
+    if not all((folder / name).exists() for name in ("model.pth", *REPORTS)):
         return None
-    return json.loads(path.read_text())["test_accuracy"]
+    try:
+        return json.loads((folder / "result.json").read_text())["test_accuracy"]
+    except (KeyError, TypeError, ValueError):  # written anew
+        return None
 
 
 def save_run(path, job, params, buffers, **meta):
@@ -1618,12 +1866,11 @@ def run_epochs(job, state, folder, expected=None):
 
     def keep(state):
         if writes:
-            own = {"source": source, "state": state}
+            own = {"source": source, "state": state, "fingerprints": job.fingerprints}
             save_run(folder / "last.pth", job, state["params"], state["buffers"], **own)
 
     if writes:
         describe(job, folder)
-        folder.mkdir(parents=True, exist_ok=True)
     step = make_step(job)
     with note_signals() as noted:
         keep(state)
@@ -1698,9 +1945,7 @@ def distinct_values(path):
 
 def write_text(path, text):
     """Writes a text file, the whole of it at once."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    bcq.write_file(path, text.encode())
 
 
 def duration(seconds):
@@ -1760,6 +2005,13 @@ def import_pyplot():
     return pyplot
 
 
+def save_figure(figure, path):
+    """Writes a figure, the whole of it at once."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110, format="png")
+    bcq.write_file(path, stream.getvalue())
+
+
 def draw_report(path, job, state):
     """Draws the curves of a training and the histograms of its latent weights."""
     pyplot = import_pyplot()
@@ -1794,7 +2046,7 @@ def draw_report(path, job, state):
     histogram.set_title("latent weights by layer, shares")
     histogram.legend(fontsize=7, ncols=1 + len(names) // 12)
     figure.suptitle(f"{config.mode}, {config.model} on {config.dataset}, seed {config.seed}")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -2160,7 +2412,8 @@ def run_cell(folder, flags):
             status = train(parse_arguments(["--resume", str(folder)]))
         if status:
             return status, None
-        places = {k: flags[k] for k in ("data-dir", "dataset", "device", "threads") if k in flags}
+        kept = ("data-dir", "dataset", "device", "threads", "model")
+        places = {k: flags[k] for k in kept if k in flags}
         words = ["--mode", "export", "--checkpoint", str(folder / "model.pth")]
         convert(parse_arguments([*words, *type_flags(places)]))
     return 0, json.loads(exported.read_text())
@@ -2236,7 +2489,7 @@ def draw_sweep(path, rows):
             axes.axhline(100 * THRESHOLDS[dataset], color="gray", linestyle="--")
         axes.set(xscale="log", xlabel=label, ylabel=f"test accuracy on {dataset}, %")
         axes.margins(x=0.2, y=0.1)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
@@ -2254,7 +2507,7 @@ READING = MACHINE | {"mode", "checkpoint", "model", "dataset", "classes", "mean"
 TAKES = {  # the flags of each mode
     **dict.fromkeys(METHODS, TRAINING),
     "lsq": TRAINING | {"w_bits", "a_bits"},
-    "--resume": MACHINE | {"resume"},
+    "--resume": MACHINE | {"resume", "model"},
     **dict.fromkeys(["eval", "score"], READING),
     "export": READING | {"out"},
     "ptq": READING | {"out", "dtype", "inputs", "fit", "w_bits", "a_bits"},
@@ -2428,7 +2681,8 @@ def check_arguments(args):
         flag = flag_name(key)
         if value == "" or (key == "images" and "" in value):
             raise ValueError(f"{flag}: is empty")
-        if key not in takes:
+        ours = args.resume and key == "model" and ":" not in value  # not a file that has moved
+        if key not in takes or ours:
             raise ValueError(f"{flag} is not for {what}")
         lost = key in ("inputs", "fit", "w_bits", "a_bits") and mode == "ptq"
         if lost and args.dtype != "int8":
@@ -2495,4 +2749,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -179,8 +179,10 @@ def test_resume_takes_the_flags_of_the_machine(bc_run, tmp_path):
     assert "--subset 300" in result["command"] and "--resume" not in result["command"]
 
 
-def test_a_resumed_run_prepares_images_as_it_began(fp32_run):
+def test_a_resumed_run_prepares_images_as_it_began(fp32_run, monkeypatch):
     saved = {**bcq.read_checkpoint(fp32_run / "last.pth"), "mean": [0.1, 0.2, 0.3]}
+    saved["fingerprints"] = dict.fromkeys(saved["fingerprints"], "as before")
+    monkeypatch.setattr(run, "fingerprint", lambda values: "as before")
     config, source = run.Config(**saved["config"]), run.Source(**saved["source"])
     job = run.prepare_job(config, source, saved=saved)
     assert job.data["mean"] == [0.1, 0.2, 0.3]

@@ -497,7 +497,8 @@ def test_a_students_own_network_trains_from_its_file_and_is_read_back(tmp_path):
     words = ["--model", f"{tmp_path / 'mine.py'}:Net", "--epochs", 1, "--out", tmp_path / "out"]
     printed = succeed(*TINY, *words)
     assert "warning" not in printed
-    succeed("--mode", "eval", "--checkpoint", tmp_path / "out" / "model.pth")
+    words = ["--checkpoint", tmp_path / "out" / "model.pth", *words[:2]]
+    succeed("--mode", "eval", *words)
 
 
 def test_a_last_layer_of_signs_without_batch_norm_behind_it_is_warned_of(tmp_path):

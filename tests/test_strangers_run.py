@@ -38,9 +38,10 @@ def views(tmp_path):
 def test_a_network_that_views_its_maps_is_trained_tested_and_converted(mode, views, tmp_path):
     words = [*TINY, "--model", views, "--epochs", 1, "--out", tmp_path / "run"]
     succeed("--mode", mode, *words)
-    succeed("--mode", "export", "--checkpoint", tmp_path / "run" / "model.pth")
+    file = ["--checkpoint", tmp_path / "run" / "model.pth", "--model", views]
+    succeed("--mode", "export", *file)
     if mode == "fp32":
-        words = ["--dtype", "int8", "--checkpoint", tmp_path / "run" / "model.pth"]
+        words = ["--dtype", "int8", *file]
         succeed("--mode", "ptq", *words)
         succeed("--mode", "ptq", "--inputs", "dynamic", *words)
 
@@ -80,7 +81,7 @@ def test_a_layer_with_spectral_norm_is_trained_in_full_precision_and_scored(tmp_
     )
     words = ["--model", f"{tmp_path}/net.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
     succeed("--mode", "fp32", *TINY, *words)
-    succeed("--mode", "score", "--checkpoint", tmp_path / "run" / "model.pth")
+    succeed("--mode", "score", "--checkpoint", tmp_path / "run" / "model.pth", *words[:2])
     result = call("--mode", "bc", *TINY, *words[:-1], tmp_path / "other")
     assert_refused(result, "is no parameter, but computed from others")
 
@@ -101,7 +102,7 @@ def test_a_network_that_cannot_be_counted_is_trained_to_its_end_without_scores(t
     assert "scores     not counted: cannot count aten._cdist_forward" in printed
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert "course_score" not in result and result["test_accuracy"] >= 0
-    words = ["--checkpoint", tmp_path / "run" / "model.pth"]
+    words = ["--checkpoint", tmp_path / "run" / "model.pth", *words[:2]]
     assert_refused(call("--mode", "score", *words), "cannot count")
 
 
