@@ -208,9 +208,13 @@ def draw_noise(params, names, generator):
 def split(model):
     """The model's parameters and its buffers as two dicts of detached copies: (params, buffers).
 
-    A tied weight stands once, under its first name. Frozen parameters are in params too.
+    A tied weight stands once, under its first name. Frozen parameters are in params too. Raises
+    ValueError for a name with a colon.
     """
     params = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name in params:
+        if ":" in name:
+            raise ValueError(f"{name}: a name with a colon stands for what belongs to a weight")
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     return params, buffers
 
@@ -266,6 +270,9 @@ def square_hinge(logits, labels):
     """
     if labels.ndim == 1:
         labels = F.one_hot(labels, logits.shape[1])
+    if labels.shape != logits.shape:
+        shapes = f"{shape_text(labels.shape)} do not fit logits {shape_text(logits.shape)}"
+        raise ValueError(f"labels {shapes}")
     at_label = (1 - logits).clamp(min=0).square()
     elsewhere = (1 + logits).clamp(min=0).square()
     return (labels * at_label + (1 - labels) * elsewhere).mean()
@@ -273,25 +280,42 @@ def square_hinge(logits, labels):
 
 @contextlib.contextmanager
 def no_second_forward(model):
-    """Raises RuntimeError if a module of the model runs while this lasts: in the backward pass.
+    """Raises ValueError if the model runs, or its own weights are read, in the backward pass.
 
-    Activation checkpointing runs it again there, where it has its own weights, and not these.
+    Activation checkpointing does so, where the model has its own weights again, and not the step's.
     """
-
-    def refuse(module, inputs):
-        raise RuntimeError(
-            "the model runs again in the backward pass (activation checkpointing), with weights "
-            "that are not those of the step: switch that off, as by memory_efficient=False"
-        )
-
-    hooks = []
-    if not torch.compiler.is_compiling():
-        hooks = [module.register_forward_pre_hook(refuse) for module in model.modules()]
+    if torch.compiler.is_compiling():
+        yield
+        return
+    hooks = [module.register_forward_pre_hook(refuse_second) for module in model.modules()]
+    kept = [(module, dict(module._parameters)) for module in model.modules()]
+    for module, parameters in kept:
+        for name, p in parameters.items():
+            if p is not None:
+                module._parameters[name] = p.detach().as_subclass(NotNow)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for module, parameters in kept:
+            module._parameters.update(parameters)
+
+
+def refuse_second(*arguments):
+    """Raises the error of no_second_forward."""
+    raise ValueError(
+        "the model runs again in the backward pass (activation checkpointing), with weights "
+        "that are not those of the step: switch that off, as by memory_efficient=False"
+    )
+
+
+class NotNow(torch.Tensor):
+    """A parameter that nothing may be computed with."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        refuse_second()
 
 
 def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
@@ -421,8 +445,8 @@ class BC(nn.Module):
         self.save_params()  # the step has moved them
         self._write(clip_params(self._latent(), self.methods).values())
 
-    def forward(self, *inputs):
-        return self.model(*inputs)
+    def forward(self, *inputs, **more):
+        return self.model(*inputs, **more)
 
 
 def check_finite(name, w):
@@ -451,9 +475,10 @@ def evaluate(model, params, buffers, batches, forward=apply):
         correct += (logits.argmax(1) == truth).sum()
         loss += F.cross_entropy(logits.float(), labels, reduction="sum")
         images += len(labels)
-        count += truth.numel()  # one for each image, or for each of its pixels
+        count += (truth != -100).sum()  # what has no label, for F.cross_entropy, does not count
     if images == 0:
         raise ValueError("no images to evaluate on")
+    count = count.item()
     return {"accuracy": correct.item() / count, "loss": loss.item() / count, "images": images}
 
 
@@ -560,11 +585,12 @@ def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
 def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     """Adam. Source: Kingma and Ba 2015, arXiv:1412.6980, Algorithm 1."""
 
-    def bias(beta, step):  # 1 - beta**step, to the last digit of float32 near 0 too
+    def bias(beta, step):  # 1 - beta**step, to the last digit near 0 too
         return -torch.expm1(step * math.log(max(beta, 1e-38)))
 
     def init(params):
-        step = torch.zeros(())
+        device = next((p.device for p in params.values()), None)
+        step = torch.zeros((), device=device)
         return {"step": step, "mean": zeros_like(params), "square": zeros_like(params)}
 
     def update(grads, state, params, lr):
@@ -573,9 +599,9 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
         for name, g in grads.items():
             mean = beta1 * state["mean"][name] + (1 - beta1) * g
             square = beta2 * state["square"][name] + (1 - beta2) * g * g
-            rate = lr / bias(beta1, step)
-            root = (square / bias(beta2, step)).sqrt() + eps
-            updates[name] = -rate * mean / root
+            count = step.to(wide_dtype(g))
+            root = (square / bias(beta2, count)).sqrt() + eps
+            updates[name] = (-lr / bias(beta1, count) * mean / root).to(g.dtype)
             means[name] = mean
             squares[name] = square
         return updates, {"step": step, "mean": means, "square": squares}
@@ -1109,7 +1135,7 @@ def has_float64(device):
 
 
 def sum_in_floats(layer, q, w, zero_point):
-    """layer(q - zero_point, w), int32, in floats whose mantissa holds every sum of w's filters."""
+    """layer(q - zero_point, w), in floats whose mantissa holds every sum of w's filters."""
     device = q.device
     if not has_float64(device):
         q, w = q.cpu(), w.cpu()
@@ -1117,40 +1143,40 @@ def sum_in_floats(layer, q, w, zero_point):
     dtype = torch.float64
     if q.device.type == "cpu" and largest < 2**24:  # on CUDA, float32 convolutions may take TF32
         dtype = torch.float32
-    x = q.to(dtype) - zero_point
+    x, in_full = q.to(dtype) - zero_point, contextlib.nullcontext()
+    if torch.amp.is_autocast_available(x.device.type):
+        in_full = torch.autocast(x.device.type, enabled=False)
     # NNPACK's convolutions are Winograd's, which are not exact
-    with torch.autocast(x.device.type, enabled=False), torch.backends.nnpack.flags(enabled=False):
-        return layer(x, w.to(dtype)).round().int().to(device)
+    with in_full, torch.backends.nnpack.flags(enabled=False):
+        sums = layer(x, w.to(dtype)).round()
+    return sums.to(sum_dtype(w)).to(device)
 
 
-def check_terms(w):
-    """Raises ValueError where 32 bits might not hold the sums of a weight's filters."""
-    terms = w[0].numel()
-    if terms * 255 * 128 >= 2**31:
-        raise ValueError(f"sums of {terms:,} products of 8 bits may not fit 32 bits")
+def sum_dtype(w):
+    """The integers that hold every sum of a weight's filters: int32, or int64 for long sums."""
+    if w[0].numel() * 255 * 128 < 2**31:
+        return torch.int32
+    return torch.int64
 
 
 def integer_linear(q, w, zero_point):
-    """(q - zero_point) @ w.T, exactly: int32 (n, out). q: uint8 (n, in); w: int8 (out, in).
-
-    Raises ValueError where 32 bits might not hold the sums.
-    """
-    check_terms(w)
-    if not is_exact(int_mm, q.device):
+    """(q - zero_point) @ w.T, exactly, in sum_dtype(w): (n, out). q: uint8 (n, in); w: int8 (out,
+    in)."""
+    if sum_dtype(w) == torch.int64 or not is_exact(int_mm, q.device):
         return sum_in_floats(F.linear, q, w, zero_point)
     centred = q.bitwise_xor(128).view(torch.int8)  # q - 128
     return int_mm(centred, w.T) + (128 - zero_point) * w.sum(1).int()
 
 
 def integer_conv2d(q, w, zero_point, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-    """The convolution of (q - zero_point) by w, zeros around it, exactly: int32 (n, out, h, w).
+    """The convolution of (q - zero_point) by w, zeros around it, exactly, in sum_dtype(w): (n, out,
+    h, w).
 
-    q: uint8 (n, in, h, w); w: int8 (out, in / groups, kh, kw). Raises ValueError where 32 bits
-    might not hold the sums.
+    q: uint8 (n, in, h, w); w: int8 (out, in / groups, kh, kw).
     """
-    check_terms(w)
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-    if groups == 1 and is_exact(int_mm, q.device):
+    short = sum_dtype(w) == torch.int32
+    if groups == 1 and short and is_exact(int_mm, q.device):
         return conv2d_by_windows(q, w, zero_point, **geometry)
     layer = functools.partial(F.conv2d, groups=groups, **geometry)
     return sum_in_floats(layer, q, w, zero_point)
@@ -1203,8 +1229,8 @@ def conv_geometry(kernel, stride=1, padding=0, dilation=1, groups=1):
     """
 
     def pair(value):
-        if isinstance(value, int):
-            return (value, value)
+        if isinstance(value, int) or len(value) == 1:
+            value = 2 * tuple([value] if isinstance(value, int) else value)
         return tuple(value)
 
     dilation = pair(dilation)
@@ -1288,6 +1314,8 @@ class Packed(OwnLayer):
 
     def layer(self, function, x, bias=None, **geometry):
         """The layer for x: in integers where its input has a grid, else with the plain weight."""
+        if function is F.conv2d and x.ndim == 3:  # one image, without a batch
+            return self.layer(function, x[None], bias, **geometry)[0]
         bias = add_shift(bias, self.shift)
         if self.grid is None:
             if bias is not None:
@@ -1557,14 +1585,33 @@ def deploy(model, params, buffers, bits, grids=None, shape=(3, 32, 32)):
     """The network as it is deployed: (packed params, buffers). Arguments: see pack, fold_pairs.
 
     Batch norm becomes two vectors, folded into the layer before it where fold_pairs shows that to
-    be right and the layer's weights are not of 1 bit.
+    be right and the layer's weights are not of 1 bit. It stays as it is where the network, in full
+    precision, then gives anything else for random inputs: hooks, say, change what a module means.
     """
-    params, buffers = scale_and_shift(model, params, buffers)
+    scaled, fixed = scale_and_shift(model, params, buffers)
     pairs = {}
     for norm, layer in fold_pairs(model, shape).items():
         if bits.get(f"{layer}.weight") != 1:
             pairs[norm] = layer
-    return pack(fold(params, pairs), bits, grids), buffers
+    folded = fold(scaled, pairs)
+    device = next((p.device for p in model.parameters()), None)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    if not are_the_same(model, (params, buffers), (folded, fixed), x):
+        folded, fixed = params, buffers
+    return pack(folded, bits, grids), fixed
+
+
+@torch.no_grad()
+def are_the_same(model, network, other, x, share=1e-3):
+    """Whether two pairs (params, buffers) give the same for x, within a share of the largest."""
+    try:
+        found, expected = (tree_leaves(apply(model, *own, x)[0]) for own in (other, network))
+    except Exception:  # of the user's code: x is not what it takes
+        return False
+    return all(
+        (a.float() - b.float()).abs().max() <= share * b.float().abs().max()
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def save_packed(path, model, packed, buffers, hyperparam, **meta):
@@ -1588,7 +1635,8 @@ def save_packed(path, model, packed, buffers, hyperparam, **meta):
         if constant is not None and same_tensor(value.cpu(), constant.cpu()):
             continue  # load_packed makes it again
         index[name] = {key: put(part) for key, part in file_parts(value).items()}
-    save_checkpoint(path, {"blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
+    net = {name: value for name, value in model.state_dict().items() if is_extra(name)}
+    save_checkpoint(path, {**net, "blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
 
 
 def same_tensor(a, b):
@@ -1667,6 +1715,8 @@ def load_packed(path, build):
 
     model = construct(path, build, content.get("hyperparam"), fit, stored)
     tensors = fit(model)
+    extra = {name: value for name, value in content["net"].items() if is_extra(name)}
+    model.load_state_dict(extra, strict=False)
     packed = {name: tensors[name] for name, _ in model.named_parameters()}
     buffers = {name: tensors[name] for name, _ in model.named_buffers()}
     meta = {key: v for key, v in content.items() if key not in ("net", "packed")}
@@ -1752,7 +1802,14 @@ def state_dict(model, params, buffers):
     for name, t in model.state_dict(keep_vars=True).items():
         if id(t) in names_by_id:
             state[name] = tensors[names_by_id[id(t)]]
+        elif is_extra(name):
+            state[name] = t
     return state
+
+
+def is_extra(name):
+    """Whether an entry of a state dict is what a module's get_extra_state gave."""
+    return str(name).rpartition(".")[2] == "_extra_state"
 
 
 def to_device(value, device):
@@ -1853,7 +1910,7 @@ def read_checkpoint(path):
         if data[8:10] == b'{"':
             why = "a safetensors file: load it with that library and save its dict by torch.save"
         elif "weights_only" in str(error).lower():
-            why = "it holds a pickled object: save the state_dict(), not the module"
+            why = "it holds a Python object: save the state_dict() alone, as tensors"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -1925,20 +1982,20 @@ def load_checkpoint(path, build):
     """
     content = read_checkpoint(path)
     net, meta = content, {}
-    for name in NET_NAMES:
-        if name in content:
-            net = content[name]
-            meta = {key: v for key, v in content.items() if key != name}
-            break
+    found = [name for name in NET_NAMES if name in content]
+    if found:
+        net = content[found[0]]
+        meta = {key: v for key, v in content.items() if key != found[0]}
+    if len(found) > 1:
+        warnings.warn(f"{path}: its {found[0]!r} is read, not its {found[1]!r}", stacklevel=2)
 
     def fit(model):
-        expected = {name: t for name, t in model.state_dict().items() if torch.is_tensor(t)}
-        return fit_names(net, expected, path)
+        state = model.state_dict()
+        fitted = fit_names(net, {k: t for k, t in state.items() if not is_extra(k)}, path)
+        return fitted | {name: t for name, t in net.items() if name in state and is_extra(name)}
 
     model = construct(path, build, content.get("hyperparam"), fit, net)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said once
-        net = fit(model)
+    net = fit(model)
     state = OrderedDict(net)
     state._metadata = model.state_dict()._metadata  # the versions that some modules ask for
     model.load_state_dict(state, strict=False)  # fit_names has seen that all is there
@@ -1980,7 +2037,9 @@ def construct(path, build, hyperparam, fit, net):
         if exceeded:
             raise ValueError(f"{path}: its hyperparam are of a far larger network than its own")
         if sketch is not None:  # else it computes with its weights, perhaps
-            fit(sketch)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said when the model itself is fitted
+                fit(sketch)
         try:
             return build(*args, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
@@ -2015,15 +2074,19 @@ def fit_names(net, expected, path):
     """net without the prefixes of wrappers. ValueError with the keys that do not fit expected."""
     if not isinstance(net, dict):
         raise ValueError(f"{path}: its net is a {type(net).__name__}, not a dict of tensors")
-    found, left_out = {}, []
+    found, left_out, twice = {}, [], []
     for name, t in net.items():
         name = strip_prefixes(str(name), expected)
         ending = name.rpartition(".")[2]
-        if name not in expected and ending in (*LEFT_BY_COUNTERS, "_extra_state"):
+        if is_extra(name):
+            continue  # no tensor of the model's
+        if name not in expected and ending in LEFT_BY_COUNTERS:
             left_out.append(name)
+        elif name in found:
+            twice.append(name)
         else:
             found[name] = t
-    wrong = []
+    wrong = [f"{name} is there twice, with and without a prefix" for name in twice]
     for name, t in expected.items():
         if name not in found and name.endswith("num_batches_tracked"):
             found[name] = torch.zeros_like(t)  # torch before 0.4.1 did not write it
@@ -2196,7 +2259,7 @@ def other_operation(function, name, inputs, outputs):
     """The Operation of what is no product. Raises ValueError for what might be one."""
     factors = [t for t in inputs if t.is_floating_point() and t.ndim > 0]
     known = torch.Tag.pointwise in function.tags or name in (*NORMS, *ELEMENTWISE)
-    if len(factors) > 1 and not known:
+    if (len(factors) > 1 and not known) or name.startswith("_fft"):
         raise ValueError(f"cannot count {function}: it may be a product, of how many terms?")
     reads = max([t.numel() for t in inputs], default=0)
     return Operation(str(function), None, outputs[0].numel(), 0, reads, False)

@@ -324,10 +324,14 @@ def load_folder(root, name):
 
 def decode(path, resize=False):
     """An image file as uint8 (3, 32, 32). ValueError unless it is RGB of 32x32, or resized."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            if resize:
+                image = ImageOps.exif_transpose(image)  # as it was held
+            if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
+                raise OSError("values that are not of 8 or 16 bits")
             if image.mode.startswith("I"):  # 16 bits of gray, which convert would cut off
                 image = image.convert("I").point(to_8_bits).convert("L")
             if resize:
@@ -608,8 +612,6 @@ def choose_device(name=None, threads=None, processes=1):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(f"--device {name}: {one_line(error)}") from None
-    if processes > 1 and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: several processes take cpu or cuda")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in products of matrices
     if device.type == "cpu":
         keep_memory()
@@ -809,11 +811,15 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if "hyperparam" not in content:
         build = partial(build, **hyperparam)
     load = bcq.load_packed if packed else bcq.load_checkpoint
-    model, params, buffers, meta = load(path, build)
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(config, dict) and is_number(config.get("seed"), 0, 2**63 - 1, (int,)):
+            torch.manual_seed(config["seed"])  # for what a constructor draws and no file holds
+        model, params, buffers, meta = load(path, build)
     if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
         meta = {"hyperparam": content.get("hyperparam")}
     check_meta(path, meta, params)
     refuse_nan(path, {**params, **buffers})
+    refuse_nan(path, {k: w for k, w in params.items() if k.endswith("weight")}, finite=True)
     if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
         meta = {"hyperparam": content.get("hyperparam")}
     check_meta(path, meta, params)
@@ -822,8 +828,10 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if fp32 and not packed:
         params = bcq.to_dtype(params, torch.float32)
         buffers = bcq.to_dtype(buffers, torch.float32)
-    plain = (w.dtype for w in params.values() if torch.is_tensor(w) and w.is_floating_point())
-    dtype = next(plain, torch.float32)
+    plain = [w.dtype for w in params.values() if torch.is_tensor(w) and w.is_floating_point()]
+    if len(set(plain)) > 1 and not packed:  # of a file of others
+        params, plain = bcq.to_dtype(params, torch.float32), [torch.float32]
+    dtype = next(iter(plain), torch.float32)
     forward = bcq.cast_forward(dtype)
     if meta.get("grids") and not packed:
         params = {**params, **meta["steps"]}
@@ -933,13 +941,13 @@ def check_meta(path, meta, params):
             raise ValueError(f"{path}: its {key} are not what a file of run.py says")
 
 
-def refuse_nan(path, tensors):
-    """Raises ValueError, naming the tensor, where a dict in a file has a NaN."""
+def refuse_nan(path, tensors, finite=False):
+    """Raises ValueError, naming the tensor, where a dict in a file has a NaN; or, finite, an inf."""
     for name, value in tensors.items():
         parts = [value]
         if isinstance(value, bcq.OwnLayer):
             parts = value.tensors()
-        if any(part.isnan().any() for part in parts):
+        if any(part.isnan().any() or (finite and part.isinf().any()) for part in parts):
             raise ValueError(f"{path}: {name} has values that are no numbers")
 
 
@@ -961,8 +969,12 @@ def fit_network(net, x, classes, train=False):
     """
     fitted = replace(net, forward=channels_last(net.forward))
     try:
+        plain = (net.model, *bcq.split(net.model))
+        own, other = (f(*plain, x.float())[0] for f in (bcq.apply, channels_last(bcq.apply)))
+        if not torch.allclose(own, other, 1e-3, 1e-3 * own.abs().max().item()):
+            raise InUsersCode("it reads how its images lie in memory")
         logits = fitted(x, train)
-    except InUsersCode:  # a view, say, of a map that has to lie in planes
+    except Exception:  # a view, say, of a map that has to lie in planes
         fitted = net
         logits = net(x, train)
     if not torch.is_tensor(logits):
@@ -1034,6 +1046,10 @@ def prepare_job(config, source, world=World(), saved=None):
     Raises ValueError, or OSError, for what cannot be done.
     """
     device = choose_device(source.device, source.threads, world.local_size)
+    if world.size > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: several processes take cpu or cuda")
+    if config.compile and not compiles_steps():
+        raise ValueError(f"--compile: torch {torch.__version__} does not compile a whole step")
     teacher, init = None, None
     if source.teacher:
         teacher = load_network(source.teacher, device, fp32=True, beside=source.model)
@@ -1226,6 +1242,7 @@ def begin(config, data, model, init):
     else:
         bits = dict.fromkeys(names, BITS[config.mode])
     warn_of_logits(config, model, names)
+    check_gradients(config, model, params, buffers, prepare(data["train_x"][:2], data), names)
 
     grids = {}
     if config.mode in ("lsq", "xnor"):
@@ -1333,6 +1350,33 @@ def warn_of_logits(config, model, names):
 # --------------------------------------------------------------------------------------------------
 # The step and the epoch, with what a 1-bit training shows of itself
 # --------------------------------------------------------------------------------------------------
+
+
+def check_gradients(config, model, params, buffers, x, names):
+    """Raises ValueError where nothing can be trained; warns of weights that the logits do not use.
+
+    names: the weights that are quantized.
+    """
+    moving = {k: w for k, w in params.items() if k not in config.frozen}
+    if not moving:
+        raise ValueError(f"--model {config.model}: all its parameters are frozen")
+    for name, w in moving.items():
+        if w.is_complex():
+            raise ValueError(
+                f"--model {config.model}: {name} is complex; only real ones are trained"
+            )
+    leaves = {k: w.detach().requires_grad_() for k, w in moving.items()}
+    grads = [None] * len(leaves)
+    with users_code(f"running --model {config.model}"):
+        logits, _ = bcq.apply(model, {**params, **leaves}, buffers, x, train=True)
+        if logits.requires_grad:
+            grads = torch.autograd.grad(logits.sum(), list(leaves.values()), allow_unused=True)
+    if all(g is None for g in grads):
+        raise ValueError(f"--model {config.model}: its logits have no gradient")
+    unused = [k for k, g in zip(leaves, grads, strict=True) if g is None and k in names]
+    if unused:
+        words = ", ".join(unused[:3])
+        print(f"warning    the logits do not depend on {words}: it is not trained")
 
 
 def initial_state(job):
@@ -1487,7 +1531,10 @@ def make_step(job):
 
         train_step = real_step if epoch < config.real_epochs else low_bit_step
         inputs = (state["params"], state["buffers"], state["opt_state"])
-        params, buffers, opt_state, metrics = train_step(*inputs, batch, lr, noise)
+        try:
+            params, buffers, opt_state, metrics = train_step(*inputs, batch, lr, noise)
+        except RuntimeError as error:  # in the backward pass
+            raise InUsersCode(f"training --model {config.model}") from error
         if world.size > 1:
             means = torch.stack([metrics["loss"], metrics["accuracy"]])
             dist.all_reduce(means)
@@ -2383,6 +2430,8 @@ def make_cells(words, common):
             own = {key: value for key, value in own.items() if key not in bits}
             flags = {key: value for key, value in flags.items() if key not in bits}
         name = "-".join(SHORT.get(k, k) + re.sub(r"[^\w.=-]", "_", v) for k, v in own.items())
+        while cells.get(name, flags) != flags:
+            name += "_"
         cells[name] = flags
     return cells
 
@@ -2700,9 +2749,6 @@ def check_arguments(args):
     if mode != "ptq" and args.dtype in ("fp16", "int8"):
         why = "latent weights in so few bits would lose small updates"
         raise ValueError(f"--dtype {args.dtype} is for --mode ptq: {why}")
-
-    if given.get("compile") and not compiles_steps():
-        raise ValueError(f"--compile: torch {torch.__version__} does not compile a whole step")
 
     # Epochs in full precision are for methods that change the weights alone, and all at once.
     if given.get("real_epochs"):

@@ -105,15 +105,17 @@ def test_the_integer_linear_layer_is_exact(zero_point, terms, kernel):
     assert torch.equal(found.long(), (q.long() - zero_point) @ w.long().T)
 
 
-def test_the_largest_sums_do_not_wrap_around_and_larger_ones_are_refused(kernel):
+def test_the_largest_sums_do_not_wrap_around_and_larger_ones_have_64_bits(kernel):
     size = 2**31 // (255 * 128)
     q = torch.full((1, size, 1, 1), 255, dtype=torch.uint8)
     w = torch.full((2, size, 1, 1), -128, dtype=torch.int8)
     sums = bcq.integer_conv2d(q, w, 0, ONES, (0, 0), ONES, 1)
     assert (sums == -255 * 128 * size).all()
-    one_more = torch.full((2, size + 1, 1, 1), -128, dtype=torch.int8)
-    with pytest.raises(ValueError, match="32 bits"):
-        bcq.integer_conv2d(random_codes(1, size + 1, 1, 1), one_more, 0, ONES, (0, 0), ONES, 1)
+    size = 2**31 // (255 * 128) + 1000
+    q, w = q[:, :1].repeat(1, size, 1, 1), w[:, :1].repeat(1, size, 1, 1)
+    sums = bcq.integer_conv2d(q, w, 0, ONES, (0, 0), ONES, 1)
+    assert sums.dtype == torch.int64 and (sums == -255 * 128 * size).all()
+    assert torch.equal(bcq.integer_linear(q.flatten(1), w.flatten(1), 0), sums.flatten(1))
 
 
 # --- a layer of a deployed network ---

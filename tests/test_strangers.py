@@ -85,7 +85,7 @@ def test_a_network_that_recomputes_in_the_backward_pass_is_refused_and_not_train
     params, buffers = bcq.split(model)
     optimizer = bcq.sgd()
     step = bcq.make_train_step(model, methods, optimizer, bcq.cross_entropy)
-    with pytest.raises(RuntimeError, match="checkpoint"):
+    with pytest.raises((RuntimeError, ValueError), match="checkpoint"):
         step(params, buffers, optimizer.init(params), batch(0), 0.1)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -433,3 +433,220 @@ def test_a_file_of_an_old_torch_which_did_not_count_batches_is_read(tmp_path, sm
     _, params, buffers, _ = bcq.load_checkpoint(tmp_path / "a.th", type(small))
     assert torch.equal(params["conv.weight"], small.conv.weight)
     assert buffers["norm.num_batches_tracked"].item() == 0
+
+
+# --- what a network does beside its modules ---
+
+
+def blocks(**more):
+    """A convolution, a norm that has seen images, and a linear layer."""
+    torch.manual_seed(1)
+    model = nn.Sequential()
+    model.conv, model.norm = nn.Conv2d(3, 4, 3, **more), nn.BatchNorm2d(4)
+    model.act, model.pool, model.flat = nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+    model.out = nn.Linear(16, 5)
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2)
+        model.norm.bias.normal_()
+    for _ in range(20):
+        model(torch.randn(8, 3, 8, 8) + 0.3)
+    return model.eval()
+
+
+class Louder(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.weight, self.bias)
+
+
+class Attends(nn.Module):
+    """Reads the weight of a norm that stands right behind a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = blocks()
+
+    def forward(self, x):
+        share = self.body.norm.weight / self.body.norm.weight.sum()
+        return self.body(x) * share.sum() + self.body.norm.running_mean.sum()
+
+
+class AlwaysTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = blocks()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body.norm.train()
+        return self
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class BiasFromElsewhere(nn.Module):
+    def forward(self, bias):
+        return 2 * bias
+
+
+def hooked():
+    model = blocks()
+    model.conv.register_forward_hook(lambda module, inputs, y: torch.relu(y))
+    return model
+
+
+def hooked_before():
+    model = blocks()
+    model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    return model
+
+
+def with_computed_bias():
+    model = blocks()
+    nn.utils.parametrize.register_parametrization(model.conv, "bias", BiasFromElsewhere())
+    return model
+
+
+def with_a_louder_norm():
+    model = blocks()
+    louder = Louder(4)
+    louder.load_state_dict(model.norm.state_dict())
+    model.norm = louder
+    return model.eval()
+
+
+UNUSUAL = [hooked, hooked_before, with_computed_bias, with_a_louder_norm, Attends, AlwaysTraining]
+
+
+@pytest.mark.parametrize("build", [blocks, *UNUSUAL])
+def test_a_deployed_network_in_full_precision_gives_what_the_network_gave(build):
+    model = build()
+    params, buffers = bcq.split(model)
+    x = torch.randn(16, 3, 8, 8)
+    before, _ = bcq.apply(model, params, buffers, x)
+    after, _ = bcq.apply(model, *bcq.deploy(model, params, buffers, {}, shape=(3, 8, 8)), x)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+
+
+class FunctionalCheckpoint(nn.Module):
+    """Recomputes in the backward pass by functions, not by modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(192, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = x.flatten(1).requires_grad_()
+        y = checkpoint(lambda x: torch.relu(F.linear(x, self.first.weight)), x, use_reentrant=False)
+        return self.out(y)
+
+
+def test_weights_that_are_read_in_the_backward_pass_are_an_error_and_not_others():
+    model = FunctionalCheckpoint()
+    methods = dict.fromkeys(bcq.quantizable(model), bcq.BINARY_CONNECT)
+    params, buffers = bcq.split(model)
+    optimizer = bcq.sgd()
+    step = bcq.make_train_step(model, methods, optimizer, bcq.cross_entropy)
+    own = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        step(params, buffers, optimizer.init(params), batch(0), 0.1)
+    assert all(p is own[name] for name, p in model.named_parameters())
+
+
+class WithFactor(nn.Module):
+    """A module with a state that is no parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.factor = nn.Linear(3, 2), 1
+
+    def get_extra_state(self):
+        return self.factor
+
+    def set_extra_state(self, state):
+        self.factor = state
+
+    def forward(self, x):
+        return self.factor * self.out(x)
+
+
+def test_the_extra_state_of_a_module_is_in_its_files(tmp_path):
+    model = WithFactor()
+    model.factor = 7
+    params, buffers = bcq.split(model)
+    x = torch.randn(5, 3)
+    bcq.save_checkpoint(tmp_path / "a.pth", bcq.state_dict(model, params, buffers), {})
+    own = bcq.load_checkpoint(tmp_path / "a.pth", WithFactor)[:3]
+    assert torch.equal(bcq.apply(*own, x)[0], model(x))
+    bcq.save_packed(tmp_path / "a.bcq", model, bcq.pack(params, {}), buffers, {})
+    own = bcq.load_packed(tmp_path / "a.bcq", WithFactor)[:3]
+    assert torch.equal(bcq.apply(*own, x)[0], model(x))
+
+
+def test_a_name_with_a_colon_is_refused():
+    model = nn.ParameterDict({"a:b": torch.zeros(3)})
+    with pytest.raises(ValueError, match="a:b: a name with a colon"):
+        bcq.split(model)
+
+
+def test_a_transform_that_computes_products_by_frequencies_is_not_counted_as_none():
+    model = nn.Module()
+    model.forward = lambda x: torch.fft.fft2(x).real
+    with pytest.raises(ValueError, match="cannot count aten._fft"):
+        bcq.count_cost(model, {}, {})
+
+
+def test_a_weight_that_is_there_twice_is_refused_and_of_two_networks_the_one_read_is_said(
+    tmp_path, small
+):
+    state = small.state_dict()
+    torch.save({**state, "module.conv.weight": state["conv.weight"] + 1}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="conv.weight is there twice"):
+        bcq.load_checkpoint(tmp_path / "a.pth", type(small))
+    torch.save({"model": state, "state_dict": state}, tmp_path / "b.pth")
+    with pytest.warns(UserWarning, match="its 'state_dict' is read, not its 'model'"):
+        bcq.load_checkpoint(tmp_path / "b.pth", type(small))
+
+
+def test_labels_that_cross_entropy_leaves_out_do_not_count_as_wrong():
+    model = nn.Identity()
+    x = torch.tensor([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    labels = torch.tensor([0, -100, 0, 0])
+    found = bcq.evaluate(model, {}, {}, [(x, labels)])
+    assert found["accuracy"] == 2 / 3
+    expected = F.cross_entropy(x, labels).item()
+    assert abs(found["loss"] - expected) < 1e-6
+
+
+def test_square_hinge_refuses_labels_of_another_shape():
+    with pytest.raises(ValueError, match="do not fit logits"):
+        bcq.square_hinge(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_adam_keeps_the_dtype_of_a_parameter_without_dimensions(dtype):
+    params = {"scale": torch.tensor(1.0, dtype=dtype)}
+    optimizer = bcq.adam()
+    state, theirs = optimizer.init(params), params["scale"].clone().requires_grad_()
+    reference = torch.optim.Adam([theirs], 0.1)
+    for i in range(20):
+        g = torch.tensor(0.1 * (i % 3) + 0.01, dtype=dtype)
+        updates, state = optimizer.update({"scale": g}, state, params, 0.1)
+        params = {"scale": params["scale"] + updates["scale"]}
+        theirs.grad = g.clone()
+        reference.step()
+    assert params["scale"].dtype == dtype
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 0.02}[dtype]
+    torch.testing.assert_close(params["scale"], theirs.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stride", [2, (2,), (2, 2)])
+def test_a_deployed_convolution_takes_one_image_and_a_stride_of_one_number(stride):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 4, 3, stride=stride, padding=1), torch.randn(5, 3, 9, 9)
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+    params["weight:input_step_size"] = torch.tensor(0.05)
+    packed = bcq.pack(params, {"weight": 8}, {"weight": (8, 128)})
+    together, _ = bcq.apply(layer, packed, {}, x)
+    apart = torch.stack([bcq.apply(layer, packed, {}, image)[0] for image in x])
+    assert torch.equal(together, apart)

@@ -57,7 +57,7 @@ def test_a_network_that_takes_images_in_any_layout_gets_them_in_channels_last_me
     net = run.Network("x", "x", Watch(), {}, {}, bcq.apply)
     fitted = run.fit_network(net, torch.randn(2, 3, 8, 8), 3)
     fitted(torch.randn(2, 3, 8, 8))
-    assert seen == [True, True]
+    assert seen[-2:] == [True, True]
 
 
 def test_a_package_of_the_users_that_is_called_as_ours_is_theirs_for_their_file(tmp_path):
@@ -248,3 +248,103 @@ def test_a_users_file_with_the_name_of_a_library_takes_nobodys_place(tmp_path):
     words = ["--model", f"{tmp_path}/random.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
     succeed("--mode", "bc", *TINY, *words)
     assert sys.modules["random"] is random
+
+
+HEAD = "import torch\nimport torch.nn.functional as F\nfrom torch import nn\n"
+BODY = """
+class Net(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, 4), nn.BatchNorm2d(4)
+        self.out = nn.Linear(256, classes)
+        EXTRA
+    def forward(self, x):
+        x = torch.relu(self.norm(WEIGHTED))
+        return self.out(x.flatten(1))
+"""
+
+
+def own_network(tmp_path, weighted="self.conv(x)", extra="pass"):
+    code = HEAD + BODY.replace("WEIGHTED", weighted).replace("EXTRA", extra)
+    (tmp_path / "net.py").write_text(code)
+    return ["--model", f"{tmp_path}/net.py:Net"]
+
+
+def test_a_network_that_reads_its_images_as_they_lie_in_memory_gets_them_in_planes(tmp_path):
+    strided = "self.conv(x.as_strided(x.shape, (3072, 1024, 32, 1)))"
+    words = own_network(tmp_path, strided)
+    job = run.prepare_job(*prepared([*TINY, *words]))
+    x = torch.randn(2, 3, 32, 32)
+    expected, _ = bcq.apply(job.model, job.params, job.buffers, x)
+    assert torch.equal(job.forward(job.model, job.params, job.buffers, x)[0], expected)
+
+
+def prepared(words):
+    args = run.parse_arguments(list(map(str, words)))
+    return run.configure(args), run.locate(args)
+
+
+def test_a_weight_that_the_logits_do_not_use_as_a_parameter_is_warned_of(tmp_path):
+    extra = "self.ws = [self.conv.weight]"
+    words = own_network(tmp_path, "F.conv2d(x, self.ws[0], stride=4)", extra)
+    printed = succeed(*TINY, *words, "--epochs", 1, "--out", tmp_path / "run")
+    assert "warning    the logits do not depend on conv.weight" in printed
+
+
+def test_a_frozen_or_complex_network_is_refused(tmp_path):
+    words = own_network(tmp_path, extra="self.requires_grad_(False)")
+    assert_refused(call(*TINY, *words), "all its parameters are frozen")
+    extra = "self.c = nn.Parameter(torch.ones(2, dtype=torch.complex64))"
+    (tmp_path / "other").mkdir()
+    words = own_network(tmp_path / "other", extra=extra)
+    assert_refused(call(*TINY, *words), "c is complex")
+
+
+def test_what_a_constructor_draws_and_no_file_holds_is_drawn_again_alike(tmp_path):
+    words = own_network(tmp_path, "self.conv(x) + self.noise", "self.noise = torch.rand(4, 8, 8)")
+    printed = succeed(*TINY, *words, "--epochs", 1, "--out", tmp_path / "run")
+    torch.rand(7)
+    net = run.load_network(tmp_path / "run" / "model.pth", "cpu", words[1])
+    again = run.load_network(tmp_path / "run" / "model.pth", "cpu", words[1])
+    job = run.prepare_job(*prepared([*TINY, *words]))
+    assert torch.equal(net.model.noise, again.model.noise)
+    assert torch.equal(net.model.noise, job.model.noise) and "test" in printed
+
+
+def test_what_fails_in_the_backward_pass_is_shown_whole_as_the_networks_own(tmp_path):
+    words = own_network(tmp_path, "Fails.apply(self.conv(x))")
+    with open(tmp_path / "net.py", "a") as file:
+        file.write(
+            "class Fails(torch.autograd.Function):\n"
+            "    @staticmethod\n"
+            "    def forward(ctx, x):\n        return x.clone()\n"
+            "    @staticmethod\n"
+            "    def backward(ctx, g):\n        raise RuntimeError('no way back')\n"
+        )
+    result = call(*TINY, *words, "--out", tmp_path / "run")
+    assert result.returncode == 1 and "no way back" in result.stderr.splitlines()[-1]
+
+
+def test_a_photo_is_classified_as_it_was_held(bc_run, tmp_path):
+    image = Image.new("RGB", (64, 32))
+    for x in range(64):
+        for y in range(32):
+            image.putpixel((x, y), (4 * x, 8 * y, 0))
+    image.save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "b.png", exif=exif)
+    assert torch.equal(run.decode(tmp_path / "a.png", True), run.decode(tmp_path / "b.png", True))
+
+
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 2**30)])
+def test_a_picture_of_neither_8_nor_16_bits_is_refused(mode, value, tmp_path):
+    Image.new(mode, (32, 32), value).save(tmp_path / "a.tiff")
+    with pytest.raises(ValueError, match="a.tiff: not an image that can be read"):
+        run.decode(tmp_path / "a.tiff", True)
+
+
+def test_two_runs_of_a_sweep_never_share_a_name():
+    words = ["mode=lsq", "w-bits=*.0=4,?.0=4"]
+    assert len(run.make_cells(words, {})) == 2
+    assert len(run.make_cells(["model=a/net.py:Net,a_net.py:Net"], {})) == 2
