@@ -2788,6 +2788,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         if first or (args and args.mode in METHODS):  # wrong words are found by every process
             print(f"run.py: {one_line(error)}", file=sys.stderr)
+        else:  # torchrun ends them all when one ends: the first is to have spoken before
+            time.sleep(5)
         return 2
     except KeyboardInterrupt:
         print("run.py: stopped", file=sys.stderr)

@@ -160,7 +160,7 @@ def test_one_process_prints_and_writes(two):
     folder, printed = two
     for word in ("device", "epoch", "test"):
         assert len(re.findall(f"^{word} ", printed, re.M)) == 1
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} - {".lock"}
     assert names == {"last.pth", "model.pth", "metrics.jsonl", "result.json", "report.png"}
     assert json.loads((folder / "result.json").read_text())["processes"] == 2
 

@@ -403,7 +403,7 @@ def test_hyperparam_of_a_huge_network_are_refused_before_it_is_built(hyperparam,
     net = models.resnet20().state_dict()
     bcq.save_checkpoint(tmp_path / "m.pth", net, hyperparam)
     used, seconds, error = use_of_reading(tmp_path / "m.pth")
-    assert "do not fit" in error and used < 200 and seconds < 5
+    assert "far larger network" in error and used < 200 and seconds < 5
 
 
 def test_hyperparam_of_a_network_without_end_are_refused():
@@ -541,8 +541,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_network_and_all
     process = start(*words, "whole")
     process.communicate()
     draw, kills = random.Random(0), 0
-    for i in range(8):
-        folder, again = Path(f"cut-{i}"), words
+    for i in range(5):
+        folder, again, longest = Path(f"cut-{i}"), words, 0.5
         while not (folder / "result.json").exists():
             process = start(*again, folder)
             for line in process.stdout:
@@ -550,9 +550,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_network_and_all
                     break
             again = ["--resume"]
             try:
-                process.wait(timeout=draw.uniform(0, 2))
+                process.wait(timeout=draw.uniform(0, longest))
             except subprocess.TimeoutExpired:
                 kills += 1
+                longest *= 1.5  # a busy machine comes to an end, too
             process.kill()
             process.communicate()
             if not (folder / "last.pth").exists():  # not even begun
@@ -561,7 +562,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_network_and_all
         assert succeeded.returncode == 0 and same(outcome(folder), outcome(Path("whole")))
         files = {*run.REPORTS, "last.pth", "model.pth"}
         assert {path.name for path in folder.iterdir()} - {".lock"} == files
-    print(f"8 runs, {kills} kills")
+    print(f"5 runs, {kills} kills")
     assert kills > 4
 
 
