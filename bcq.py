@@ -32,6 +32,7 @@ import inspect
 import io
 import math
 import os
+import pickletools
 import secrets
 import struct
 import sys
@@ -39,7 +40,6 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -1229,9 +1229,8 @@ def conv_geometry(kernel, stride=1, padding=0, dilation=1, groups=1):
     """
 
     def pair(value):
-        if isinstance(value, int) or len(value) == 1:
-            value = 2 * tuple([value] if isinstance(value, int) else value)
-        return tuple(value)
+        value = (value,) if isinstance(value, int) else tuple(value)
+        return value * (2 // len(value))
 
     dilation = pair(dilation)
     margins = None
@@ -1833,8 +1832,13 @@ def save_checkpoint(path, net, hyperparam, **meta):
 
     net: the weights that the network computes with (for BinaryConnect +-1), from state_dict;
     hyperparam: the constructor's arguments, a dict; meta: tensors, numbers, strings, dicts, lists.
-    Raises OSError.
+    Raises OSError; ValueError, with the path and the entry, for what cannot be read again.
     """
+    write_file(path, checkpoint_bytes(path, net, hyperparam, **meta))
+
+
+def checkpoint_bytes(path, net, hyperparam, **meta):
+    """The bytes that save_checkpoint writes to the path."""
     content = to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu")
     for key, value in content.items():
         check_savable(path, key, value)
@@ -1842,7 +1846,7 @@ def save_checkpoint(path, net, hyperparam, **meta):
     torch.save(content, stream)
     # a zip archive ends with the length of its comment: from 0 to that of the seal and its checksum
     sealed = stream.getvalue()[:-2] + struct.pack("<H", len(SEAL) + 32) + SEAL
-    write_file(path, sealed + hashlib.sha256(sealed).digest())
+    return sealed + hashlib.sha256(sealed).digest()
 
 
 def write_file(path, data):
@@ -1897,6 +1901,8 @@ def read_checkpoint(path):
     it is: compressed, nested without end, tensors larger than the file. Raises OSError, or
     ValueError for such a file and for a damaged one.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: not a file")
     data = Path(path).read_bytes()
     sealed, digest = data[:-32], data[-32:]
     has_seal = sealed.endswith(SEAL)
@@ -1921,17 +1927,61 @@ def read_checkpoint(path):
 
 
 def check_archive(path, data):
-    """Raises ValueError for a zip archive that torch.save does not write."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+    """Raises ValueError for a file that torch.save does not write: one that is compressed, say."""
+    stream = io.BytesIO(data)
+    pickles = [stream] * 5  # of a file of torch before 1.6, one behind the other
+    if data[:2] == b"PK":
+        try:
+            archive = zipfile.ZipFile(stream)
             entries = archive.infolist()
-    except Exception:  # not a zip archive, or a damaged one: torch.load says which
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                why = "a TorchScript archive: save its state_dict() by torch.save"
+                raise ValueError(f"{path}: {why}")
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not stored or sum(entry.file_size for entry in entries) > len(data):
+                raise ValueError(f"{path}: damaged, or compressed, which torch.save does not do")
+            names = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+            pickles = [io.BytesIO(archive.read(name)) for name in names]
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, struct.error):
+            raise ValueError(f"{path}: damaged, or not an archive of torch.save") from None
+    try:
+        depth = max([pickle_depth(pickle) for pickle in pickles], default=0)
+    except (LookupError, OSError, TypeError, ValueError):  # no pickle: torch.load says so
         return
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise ValueError(f"{path}: a TorchScript archive: save its state_dict() by torch.save")
-    compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-    if compressed or sum(entry.file_size for entry in entries) > len(data):
-        raise ValueError(f"{path}: damaged, or compressed, which torch.save does not do")
+    if depth > 30:
+        raise ValueError(f"{path}: its values are nested, or repeated, without end")
+
+
+def pickle_depth(stream):
+    """How deep tuples lie in tuples in the next pickle of a stream: a hash of one visits all.
+
+    A pickle that asks for a bytearray, which may be of any size, counts as endless.
+    """
+    mark, stack, memo = object(), [], {}
+    for operation, argument, _ in pickletools.genops(stream):
+        name = operation.name
+        if name == "GLOBAL" and "bytearray" in argument:
+            return math.inf
+        if name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            stack.append(mark)
+        else:
+            taken = []
+            if pickletools.markobject in operation.stack_before:
+                while stack[-1] is not mark:
+                    taken.append(stack.pop())
+                stack.pop()
+            for kind in operation.stack_before:
+                if kind not in (pickletools.markobject, pickletools.stackslice):
+                    taken.append(stack.pop())
+            depth = max(taken, default=0) + name.startswith("TUPLE")
+            stack += [depth] * len(operation.stack_after)
+            if depth > 30:
+                return depth
+    return 0
 
 
 def check_content(path, content, size):
@@ -1941,11 +1991,15 @@ def check_content(path, content, size):
         value, depth = waiting.pop()
         parts = []
         if torch.is_tensor(value):
+            if any(hasattr(torch.Tensor, key) for key in value.__dict__):
+                raise ValueError(f"{path}: holds a tensor whose methods are replaced")
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
                 kind = "a sparse, meta or quantized tensor"
                 raise ValueError(f"{path}: holds {kind}; save plain ones, with values")
             total += value.numel() * value.element_size()
         elif isinstance(value, dict):
+            if not vars(value).keys() <= {"_metadata"} if hasattr(value, "__dict__") else False:
+                raise ValueError(f"{path}: holds a dict whose methods are replaced")
             parts = [*value, *value.values()]
         elif isinstance(value, (list, tuple, set)):
             parts = value
@@ -2097,6 +2151,8 @@ def fit_names(net, expected, path):
         shape = getattr(value, "shape", type(value).__name__)
         if shape != t.shape:
             wrong.append(f"{name} is {shape_text(shape)}, expected {shape_text(t.shape)}")
+        elif torch.is_tensor(value) and str(value.dtype)[6:] not in STORED:
+            wrong.append(f"{name} is {value.dtype}, which nothing here computes with")
         elif torch.is_tensor(value) and value.is_floating_point() != t.is_floating_point():
             wrong.append(f"{name} is {value.dtype}, expected {t.dtype}")
     wrong += [f"{name} is unknown" for name in found if name not in expected]

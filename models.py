@@ -10,11 +10,18 @@ import torch.nn.functional as F
 from torch import nn
 
 
+ACTIVATIONS = ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish")
+ACTIVATIONS += ("softplus", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "softsign")
+
+
 def activation(act):
-    """The activation itself, given as a function or by its name in torch.nn.functional."""
-    if isinstance(act, str):
-        return getattr(F, act)
-    return act
+    """The activation itself, given as a function or by its name in torch.nn.functional. ValueError
+    for a name that is none."""
+    if callable(act):
+        return act
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act {act}: none of {', '.join(ACTIVATIONS)}")
+    return getattr(F, act)
 
 
 def conv(cin, cout, k=3, stride=1, groups=1):

@@ -32,7 +32,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -326,8 +325,12 @@ def decode(path, resize=False):
     """An image file as uint8 (3, 32, 32). ValueError unless it is RGB of 32x32, or resized."""
     from PIL import Image, ImageOps
 
+    formats, pixels = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP"), None
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats) as image:
+            form = f"{image.mode} of {image.width}x{image.height}"
+            if image.width * image.height > 2**26:
+                raise OSError(f"{form}: too large")
             if resize:
                 image = ImageOps.exif_transpose(image)  # as it was held
             if image.mode == "F" or (image.mode == "I" and image.getextrema()[1] > 65535):
@@ -336,14 +339,13 @@ def decode(path, resize=False):
                 image = image.convert("I").point(to_8_bits).convert("L")
             if resize:
                 image = image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
-            form = f"{image.mode} of {image.width}x{image.height}"
-            pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            if image.mode == "RGB" and image.size == (32, 32):
+                pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        kind = type(error).__name__
-        raise ValueError(f"{path}: not an image that can be read ({kind})") from None
-    if form != "RGB of 32x32":
+    except Exception as error:  # Pillow raises many kinds for a file that it cannot read
+        raise ValueError(f"{path}: not an image that can be read ({one_line(error)})") from None
+    if pixels is None:
         raise ValueError(f"{path}: {form}, expected RGB of 32x32")
     return pixels.view(32, 32, 3).permute(2, 0, 1).contiguous()
 
@@ -768,7 +770,14 @@ def build_model(config, name, saved=None):
         raise ValueError(f"{config.model} is not the network that this run began with")
 
     torch.manual_seed(config.seed)
-    model = build(**hyperparam)
+    bounds = nullcontext()
+    if saved:  # by whoever wrote the file
+        bounds = bcq.no_larger_than(saved["net"])
+    try:
+        with bounds:
+            model = build(**hyperparam)
+    except OverflowError:
+        raise ValueError(f"{config.model}: far larger than the network that the run has") from None
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise ValueError(f"--model {config.model}: gives a {kind}, not an nn.Module")
@@ -808,6 +817,11 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if not isinstance(name, str):
         raise ValueError(f"{path}: does not say of which model it is (for --checkpoint: --model)")
     build = find_builder(name)
+    if beside and name not in models.MODELS:  # the file chose the NAME, and what it is called with
+        own = inspect.unwrap(build).__module__ == Path(name.rpartition(":")[0]).stem
+        passed = content.get("hyperparam") or {}
+        if not own or not isinstance(passed, dict) or passed.keys() - {"classes", "width", "act"}:
+            raise ValueError(f"{path}: its network, {name}, is none that is defined in that file")
     if "hyperparam" not in content:
         build = partial(build, **hyperparam)
     load = bcq.load_packed if packed else bcq.load_checkpoint
@@ -815,9 +829,6 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
         if isinstance(config, dict) and is_number(config.get("seed"), 0, 2**63 - 1, (int,)):
             torch.manual_seed(config["seed"])  # for what a constructor draws and no file holds
         model, params, buffers, meta = load(path, build)
-    if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
-        meta = {"hyperparam": content.get("hyperparam")}
-    check_meta(path, meta, params)
     refuse_nan(path, {**params, **buffers})
     refuse_nan(path, {k: w for k, w in params.items() if k.endswith("weight")}, finite=True)
     if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
@@ -863,7 +874,12 @@ def code_digest(name):
     file = Path(name.rpartition(":")[0])
     if name in models.MODELS or not file.is_file():
         return None
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    return file_digest(file)
+
+
+def file_digest(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def is_plain(value):
@@ -893,49 +909,61 @@ def are_words(value):
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
-def are_bits(value, most):
-    """Whether a value is {name: bits}."""
-    return isinstance(value, dict) and all(is_number(b, 1, most, (int,)) for b in value.values())
+def is_grid(value):
+    """Whether a value is the grid of an input, (bits, zero point)."""
+    bits, zero_point = value
+    return is_number(bits, 1, 8, (int,)) and is_number(zero_point, 0, 2**bits - 1, (int,))
 
 
-def are_grids(value):
-    """Whether a value is {name: (bits, zero point)}."""
-    return isinstance(value, dict) and all(
-        isinstance(grid, (tuple, list))
-        and len(grid) == 2
-        and is_number(grid[0], 1, 8, (int,))
-        and is_number(grid[1], 0, 255, (int,))
-        for grid in value.values()
-    )
+def is_colour(value, low):
+    """Whether a value is three numbers, of red, green and blue."""
+    return len(value) == 3 and all(is_number(x, low, 1e3) for x in value)
+
+
+def is_zca(value):
+    """Whether a value is what fit_zca gives."""
+    shapes = [tuple(t.shape) for t in value] == [(3072,), (3072, 3072)]
+    return shapes and all(t.dtype == torch.float32 and t.isfinite().all() for t in value)
 
 
 def check_meta(path, meta, params):
     """Raises ValueError, naming the entry, where a file says what cannot be of its network."""
     shapes = {name: w.shape for name, w in params.items()}
-    plain = {"config": dict, "dataset": str, "mode": str, "accuracies": dict}
+    weights = {name for name, shape in shapes.items() if len(shape) > 1}
+
+    def by_weight(value, is_right):
+        return value.keys() <= weights and all(map(is_right, value.values()))
+
+    def are_steps(value):
+        missing = [
+            name
+            for name, (bits, _) in meta.get("grids", {}).items()
+            if bits > 1 and f"{name}:input_step_size" not in value
+        ]
+        right = are_tensors(value, dict.fromkeys(value, ()), torch.float32)
+        return right and not missing and all(0 < step < math.inf for step in value.values())
+
     rules = {
-        key: lambda v, kind=kind: isinstance(v, kind) and is_plain(v) for key, kind in plain.items()
-    }
-    three = lambda v: isinstance(v, (list, tuple)) and len(v) == 3  # noqa: E731
-    rules |= {
+        "config": lambda v: isinstance(v, dict) and is_plain(v),
+        "accuracies": lambda v: isinstance(v, dict) and is_plain(v),
+        "dataset": lambda v: isinstance(v, str),
+        "mode": lambda v: v in METHODS,
         "classes": are_words,
         "names": are_words,
-        "mean": lambda v: three(v) and all(is_number(x, -math.inf) for x in v),
-        "std": lambda v: three(v) and all(is_number(x, 1e-9) for x in v),
-        "zca": lambda v: [tuple(t.shape) for t in v] == [(3072,), (3072, 3072)],
+        "mean": lambda v: is_colour(v, -1e3),
+        "std": lambda v: is_colour(v, 1e-6),
+        "zca": is_zca,
         "train_images": lambda v: is_number(v, kinds=(int,)),
-        "bits": lambda v: are_bits(v, 32),
-        "grids": are_grids,
-        "steps": lambda v: are_tensors(v, dict.fromkeys(v, ()), torch.float32),
+        "bits": lambda v: by_weight(v, lambda bits: is_number(bits, 1, 32, (int,))),
+        "grids": lambda v: by_weight(v, is_grid) and (not v or "steps" in meta),
+        "steps": are_steps,
         "latent": lambda v: are_tensors(v, shapes, torch.float32),
         "masks": lambda v: are_tensors(v, shapes, torch.bool),
     }
     for key, is_right in rules.items():
-        if key not in meta:
-            continue
         try:
-            right = is_right(meta[key])
-        except (AttributeError, TypeError):
+            right = key not in meta or is_right(meta[key])
+        except (AttributeError, RuntimeError, TypeError, ValueError):
             right = False
         if not right:
             raise ValueError(f"{path}: its {key} are not what a file of run.py says")
@@ -1069,7 +1097,7 @@ def prepare_job(config, source, world=World(), saved=None):
     data = add_preparation(data, config, saved, init, teacher)
     fingerprints = {"training images, or their classes,": fingerprint(data)}
     if teacher:
-        fingerprints["teacher"] = fingerprint({**teacher.params, **teacher.buffers})
+        fingerprints["teacher"] = file_digest(source.teacher)
     for what, digest in fingerprints.items():
         if saved and saved["fingerprints"].get(what) != digest:
             raise ValueError(f"the {what} are not those that this run began with")
@@ -1134,8 +1162,6 @@ def fingerprint(values):
     for key, value in sorted(values.items()):
         if key.startswith("test_"):
             continue
-        if isinstance(value, bcq.OwnLayer):
-            value = value.tensors()
         for part in value if isinstance(value, (list, tuple)) else [value]:
             digest.update(repr((key, getattr(part, "shape", part))).encode())
             if torch.is_tensor(part):
@@ -1687,12 +1713,18 @@ def resume(args, folder, world):
         source = replace(source, threads=None)
     moved = {key: v for key, v in vars(locate(args)).items() if key in args.given}
     source = replace(source, **moved)  # --device, --threads, --data-dir, --model
+    if source.code and "model" not in args.given:
+        how = "type --model FILE.py:NAME too"
+        raise ValueError(f"--resume {folder}: its network is code, {source.model}: {how}")
     if code_digest(source.model) != source.code:
         why = "is not the code, or the network, that this run began with"
         raise ValueError(f"{source.model}: {why}: give that by --model FILE.py:NAME")
     job = prepare_job(Config(**saved["config"]), source, world, saved)
     state = bcq.to_device(saved["state"], job.device)
-    check_state(folder / "last.pth", state, job)
+    try:
+        check_state(folder / "last.pth", state, job)
+    except (AttributeError, TypeError):  # an entry of another kind
+        raise ValueError(f"{folder / 'last.pth'}: its state is not one of this training") from None
     return run_epochs(job, state, folder, args.expect)
 
 
@@ -1706,26 +1738,25 @@ def own_folder(args, world):
     if world.rank > 0:
         yield Path(args.resume) if args.resume else None
         return
+    stem = f"{args.mode}-{Path(args.model).name.replace(':', '-')}"
+    folders = (Path("runs") / f"{stem}-{i}" for i in itertools.count(1))
     if args.resume or args.out:
-        folder = Path(args.resume or args.out)
-    else:
-        stem = f"{args.mode}-{Path(args.model).name.replace(':', '-')}"
-        numbered = (Path("runs") / f"{stem}-{i}" for i in itertools.count(1))
-        folder = next(path for path in numbered if not path.exists())
-    if args.out and folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file, not the folder of a run")
-    if args.resume and not (folder / "last.pth").exists():
-        raise ValueError(f"{folder}: no run to resume there (no last.pth)")
+        folders = [Path(args.resume or args.out)]
+    for folder in folders:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        if args.resume and not (folder / "last.pth").exists():
+            raise ValueError(f"{folder}: no run to resume there (no last.pth)")
+        if args.out and folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: is a file, not the folder of a run")
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(args.resume or args.out))
+            break
+        except FileExistsError:  # the number is taken
+            continue
 
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / ".lock", timeout=0)  # the system's, so that no kill leaves it locked
     try:
-        folder.mkdir(parents=True, exist_ok=bool(args.resume or args.out))
         lock.acquire()
-    except FileExistsError:  # another run, begun with this one, has taken the number
-        with own_folder(args, world) as folder:
-            yield folder
-        return
     except Timeout:
         raise ValueError(f"{folder}: another run is at work there; give another --out") from None
     try:
@@ -1733,23 +1764,29 @@ def own_folder(args, world):
         if has_run and not args.resume:
             raise ValueError(f"{folder}: holds a run already; go on with it by --resume {folder}")
         for name in ("last.pth", "model.pth", *REPORTS):
-            for left in folder.glob(f"{name}.*.tmp"):  # by a run that was killed as it wrote
+            for left in folder.glob(f"{name}.????????.tmp"):  # by one that was killed as it wrote
                 left.unlink()
         yield folder
     finally:
+        if not (folder / "last.pth").exists():
+            with suppress(OSError):  # not empty, or in use
+                (folder / ".lock").unlink()
+                for path in made:
+                    path.rmdir()
         lock.release()
-        with suppress(OSError):  # not empty: a run is in it
-            (folder / "last.pth").exists() or (folder / ".lock").unlink()
-            for path in made:
-                path.rmdir()
 
 
 REPORTS = ("metrics.jsonl", "report.png", "result.json")  # in the order in which they are written
 
 
 LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (2, 10**6), "val": (0, 10**9)}
-LIMITS |= {"real_epochs": (0, 10**6), "crop": (0, 32), "threads": (1, 1024), "prune": (0, 0.99)}
-LIMITS |= {"seed": (0, 2**63), "processes": (1, 10**4), "norm_images": (0, 10**9)}
+LIMITS |= {"real_epochs": (0, 10**6), "crop": (0, 31), "threads": (1, 1024), "prune": (0, 0.99)}
+LIMITS |= {
+    "smoothing": (0, 1),
+    "seed": (0, 2**63 - 1),
+    "processes": (1, 10**4),
+    "norm_images": (0, 10**9),
+}
 CHOICES = {"mode": list(METHODS), "optimizer": list(OPTIMIZERS), "dtype": ["fp32", "bf16"]}
 CHOICES |= {"schedule": ["linear", "exponential"], "loss": ["cross-entropy", "square hinge"]}
 CHOICES |= {"latents": ["model", "uniform"], "mix": [None, "mixup", "cutmix"]}
@@ -1795,6 +1832,11 @@ def check_state(path, state, job):
     right = state.keys() == first.keys() and is_number(state["step"], 0, job.steps - 1, (int,))
     right = right and is_number(state["epoch"], 0, job.config.epochs, (int,))
     right = right and is_number(state["seconds"]) and is_plain(state["history"])
+    right = right and all(
+        is_number(line.get(key), -math.inf)
+        for line in state["history"]
+        for key in ("epoch", "lr", "train_loss", "train_accuracy")
+    )
     for key in ("losses", "accuracies", "history"):
         right = right and isinstance(state[key], list)
     if right:
@@ -1939,10 +1981,13 @@ def run_epochs(job, state, folder, expected=None):
                 status = finish(job, state, folder, expected)
             if noted and status == 0:  # a sweep is not to go on
                 status = 128 + noted[0]
+                print(f"run.py: stopped, {folder} is finished", file=sys.stderr)
             return status
 
     if writes:
         words = f"go on with: python run.py --resume {folder}"
+        if job.source.code:
+            words += f" --model {job.config.model}"
         print(f"run.py: stopped, saved; {words}", file=sys.stderr)
     return 128 + (noted or [signal.SIGTERM])[0]
 
@@ -2290,10 +2335,8 @@ def count_differences(net, other, data):
 
 def describe_result(kind, net, path, argv):
     """All that is known of a network and its file, for JSON: training, costs, machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "fp32.pth"
-        bcq.save_checkpoint(plain, net.model.state_dict(), net.meta.get("hyperparam"))
-        whole, size = plain.stat().st_size, path.stat().st_size
+    plain = (net.source, net.model.state_dict(), net.meta.get("hyperparam"))
+    whole, size = len(bcq.checkpoint_bytes(*plain)), path.stat().st_size
 
     config = net.meta.get("config", {})  # files of others have none
     keys = ("mode", "dataset", "model", "preset", "width", "classes", "epochs", "seed")
@@ -2458,7 +2501,8 @@ def run_cell(folder, flags):
         if not last.exists():
             status = train(args)
         elif finished_accuracy(folder) is None:
-            status = train(parse_arguments(["--resume", str(folder)]))
+            own = {"model": flags["model"]} if ":" in flags.get("model", "") else {}
+            status = train(parse_arguments(["--resume", str(folder), *type_flags(own)]))
         if status:
             return status, None
         kept = ("data-dir", "dataset", "device", "threads", "model")
@@ -2785,7 +2829,7 @@ def main(argv=None):
         print(f"run.py: while {error}:", file=sys.stderr)
         traceback.print_exception(error.__cause__)
         return 1
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if first or (args and args.mode in METHODS):  # wrong words are found by every process
             print(f"run.py: {one_line(error)}", file=sys.stderr)
         else:  # torchrun ends them all when one ends: the first is to have spoken before

@@ -227,7 +227,7 @@ def test_a_run_goes_on_from_another_folder_than_that_where_it_began(views, tmp_p
     (tmp_path / "run" / "result.json").unlink()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    succeed("--resume", tmp_path / "run")
+    succeed("--resume", tmp_path / "run", "--model", "../net.py:Net")
     assert (tmp_path / "run" / "result.json").exists()
 
 

@@ -87,11 +87,11 @@ def test_a_file_without_a_seal_that_names_code_does_not_run_it(evil):
 def test_a_run_that_names_code_does_not_run_it(path, evil, bc_run):
     content = bcq.read_checkpoint(bc_run[0] / "last.pth")
     Path("run").mkdir()
-    for code in (None, "0" * 64):
+    for code in (None, "0" * 64, run.code_digest(evil["absolute"])):
         source = {**content["source"], "model": evil[path], "code": code}
         config = {**content["config"], "model": evil[path]}
         seal(Path("run/last.pth"), {**content, "source": source, "config": config})
-        assert_refused(call("--resume", "run"), evil[path], "began with")
+        assert_refused(call("--resume", "run"), evil[path])
     assert not Path("it ran").exists()
 
 
@@ -112,20 +112,29 @@ def stopped_run(*words):
 def test_a_run_of_a_file_goes_on_with_that_file_wherever_it_is_now_and_with_no_other():
     Path("net.py").write_text(NETWORK)
     stopped_run("--model", "net.py:Net")
+    typed = ["--resume", "run", "--model", "net.py:Net"]
+    assert_refused(call("--resume", "run"), "net.py:Net", "type --model FILE.py:NAME too")
     Path("net.py").write_text(NETWORK.replace("ReLU", "GELU"))
-    assert_refused(call("--resume", "run"), "net.py:Net", "began with")
+    assert_refused(call(*typed), "net.py:Net", "began with")
     Path("net.py").unlink()
-    assert_refused(call("--resume", "run"), "net.py:Net", "began with")
+    assert_refused(call(*typed), "net.py:Net", "began with")
     Path("moved.py").write_text(NETWORK)
     succeed("--resume", "run", "--model", "moved.py:Net")
 
 
 def test_a_teacher_of_ones_own_is_read_where_the_typed_file_has_it_too():
-    Path("net.py").write_text(NETWORK + "Big = Net\n")
+    functions = "Big = Net\nfrom os import system\n"
+    Path("net.py").write_text(NETWORK + functions)
     succeed(*TINY, "--mode", "fp32", "--model", "net.py:Big", "--epochs", 1, "--out", "big")
     words = ["--teacher", "big/model.pth", "--epochs", 1]
     succeed(*TINY, *words, "--model", "net.py:Net", "--out", "small")
     assert_refused(call(*TINY, *words, "--out", "other"), "big/model.pth: its network is code")
+    content = bcq.read_checkpoint("big/model.pth")
+    config = {**content["config"], "model": "net.py:system"}
+    seal(Path("t.pth"), {**content, "config": config, "hyperparam": {"command": "touch it_ran"}})
+    words = ["--teacher", "t.pth", "--epochs", 1, "--model", "net.py:Net"]
+    assert_refused(call(*TINY, *words, "--out", "other"), "t.pth: its network, ")
+    assert not Path("it_ran").exists()
 
 
 # --- two at once ---
@@ -367,6 +376,39 @@ EXHAUSTING = {
     "a large view": lambda path: torch.save({"w": torch.zeros(1).expand(10**12)}, path),
     "compressed": save_compressed,
 }
+
+
+def written_by_hand(path, pickled):
+    """A file as torch.save writes it, around a pickle that was written by hand."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + pickled + b".")
+        archive.writestr("archive/byteorder", b"little")
+        archive.writestr("archive/version", b"3\n")
+
+
+def tuples_without_end():
+    """{((...), (...)): 1}: a key whose hash visits 2^60 tuples."""
+    doubled = b"".join(b"q%ch%ch%c\x86" % (i, i, i) for i in range(60))
+    return b"}(" + b"K\x01" + doubled + b"K\x01u"
+
+
+def unknown_version(path):
+    """A compressed archive that says it needs another version of zip."""
+    save_compressed(path)
+    data = bytearray(path.read_bytes())
+    start = data.rfind(b"PK\x01\x02")
+    while start >= 0:
+        data[start + 6] = 90
+        start = data.rfind(b"PK\x01\x02", 0, start)
+    path.write_bytes(data)
+
+
+BYTES = b"c__builtin__\nbytearray\n\x8a\x05\x00\x00\x00\x40\x00\x85R"
+EXHAUSTING |= {
+    "a key": lambda path: written_by_hand(path, tuples_without_end()),
+    "bytes": lambda path: written_by_hand(path, BYTES),
+    "a version": unknown_version,
+}
 READ = """
 import resource, sys, time
 import torch, bcq, models
@@ -382,7 +424,7 @@ except ValueError as error:
 def use_of_reading(path):
     """The megabytes and the seconds that reading a file took, and the refusal."""
     words = [sys.executable, "-c", READ, path]
-    result = subprocess.run(words, capture_output=True, text=True, cwd=TOP)
+    result = subprocess.run(words, capture_output=True, text=True, cwd=TOP, timeout=60)
     assert result.returncode == 0, result.stderr
     used, seconds, error = result.stdout.split(maxsplit=2)
     return int(used), float(seconds), error
@@ -637,3 +679,80 @@ def test_3600_flipped_bits_are_3600_clear_errors(tmp_path):
         with pytest.raises(ValueError, match="m.pth: "):
             bcq.load_checkpoint(tmp_path / "m.pth", Small)
     print("3600 files")
+
+
+# --- what attacks of others found ---
+
+
+def resealed(bc_run, name, **changed):
+    seal(Path("m.pth"), {**bcq.read_checkpoint(bc_run[0] / name), **changed})
+    return Path("m.pth")
+
+
+META = {
+    "mean": [[float("inf")] * 3, [1e300, 0.0, 0.0], [10**400, 0, 0], [float("nan")] * 3],
+    "std": [[0.0] * 3, [float("inf")] * 3],
+    "zca": [(1, 2), (torch.zeros(3072), torch.full((3072, 3072), float("nan")))],
+    "bits": [{"x": 1}, {"norms.0.weight": 1}, {5: 1}, {"convs.0.weight": 0}],
+    "grids": [{"convs.0.weight": (4, 0)}, {"convs.0.weight": (1, 5)}, {"convs.0.weight": (4, 255)}],
+    "steps": [{"convs.0.weight:step_size": torch.tensor(v)} for v in (0.0, -1.0, float("nan"))],
+    "mode": ["d/../../PWNED", 5],
+}
+WRONG_META = [(key, value) for key, values in META.items() for value in values]
+
+
+@pytest.mark.parametrize("key, value", WRONG_META)
+def test_an_entry_that_cannot_be_of_the_network_is_named(key, value, bc_run):
+    path = resealed(bc_run, "model.pth", **{key: value})
+    with pytest.raises(ValueError, match=f"m.pth: its ({key}|steps) are not"):
+        run.load_network(path, "cpu")
+
+
+@pytest.mark.parametrize("act", ["__name__", "conv2d", 3])
+def test_an_activation_that_is_none_is_refused(act, bc_run):
+    path = resealed(bc_run, "model.pth", hyperparam={"classes": 10, "width": 0.125, "act": act})
+    with pytest.raises(ValueError, match="m.pth|act"):
+        run.load_network(path, "cpu")
+
+
+def test_tensors_and_dicts_whose_methods_are_replaced_are_refused():
+    w = torch.zeros(3)
+    w.numel = 5
+    torch.save({"net": {"w": w}}, "m.pth")
+    with pytest.raises(ValueError, match="m.pth: holds a tensor whose methods are replaced"):
+        bcq.read_checkpoint("m.pth")
+    net = bcq.OrderedDict(w=torch.zeros(3))
+    net.values = 5
+    torch.save({"net": net}, "m.pth")
+    with pytest.raises(ValueError, match="m.pth: holds a dict whose methods are replaced"):
+        bcq.read_checkpoint("m.pth")
+
+
+def test_weights_of_a_dtype_that_nothing_computes_with_are_refused():
+    state = Small().state_dict()
+    state["conv.weight"] = state["conv.weight"].to(torch.float8_e4m3fn)
+    torch.save(state, "m.pth")
+    with pytest.raises(ValueError, match="conv.weight is torch.float8_e4m3fn"):
+        bcq.load_checkpoint("m.pth", Small)
+
+
+def test_what_is_no_file_is_refused():
+    with pytest.raises(ValueError, match="/dev/zero: not a file"):
+        bcq.read_checkpoint("/dev/zero")
+
+
+def test_a_run_that_asks_for_a_huge_network_is_refused_before_it_is_built(bc_run):
+    saved = bcq.read_checkpoint(bc_run[0] / "last.pth")
+    config = {**saved["config"], "width": 30.0}
+    hyperparam = {**saved["hyperparam"], "width": 30.0}
+    Path("run").mkdir()
+    seal(Path("run/last.pth"), {**saved, "config": config, "hyperparam": hyperparam})
+    assert_refused(call("--resume", "run"), "far larger")
+
+
+def test_a_picture_of_many_pixels_in_few_bytes_is_refused():
+    from PIL import Image
+
+    Image.new("1", (9000, 9000)).save("a.png")
+    with pytest.raises(ValueError, match="a.png: not an image that can be read .1 of 9000x9000"):
+        run.decode("a.png", True)
