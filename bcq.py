@@ -1998,7 +1998,7 @@ def check_content(path, content, size):
                 raise ValueError(f"{path}: holds {kind}; save plain ones, with values")
             total += value.numel() * value.element_size()
         elif isinstance(value, dict):
-            if not vars(value).keys() <= {"_metadata"} if hasattr(value, "__dict__") else False:
+            if getattr(value, "__dict__", {}).keys() - {"_metadata"}:
                 raise ValueError(f"{path}: holds a dict whose methods are replaced")
             parts = [*value, *value.values()]
         elif isinstance(value, (list, tuple, set)):
