@@ -1513,14 +1513,17 @@ def make_batches(job):
 
 
 def compiles_steps():
-    """Whether this torch takes a step, with the gradient inside it, as one graph."""
-    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+    """Whether this torch takes a step, with the gradient inside it, as one graph: 2.12 does."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 
 
 def compile_step(step, backend="inductor"):
     """The training step as one graph; lr becomes a tensor, or each value would compile anew."""
     torch._dynamo.config.trace_autograd_ops = True
-    graph = torch.compile(step, fullgraph=True, dynamic=False, backend=backend)
+    more = {}
+    if backend == "inductor":  # which would leave out roundings to bfloat16, and divide by a count
+        more["options"] = {"emulate_precision_casts": True}  # of maxima that none then equals
+    graph = torch.compile(step, fullgraph=True, dynamic=False, backend=backend, **more)
 
     def compiled(params, buffers, opt_state, batch, lr, noise=None):
         return graph(params, buffers, opt_state, batch, torch.as_tensor(lr), noise)

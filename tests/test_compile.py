@@ -10,6 +10,7 @@ from test_quantizers import QUANTIZERS
 from torch._dynamo.testing import CompileCounter
 
 import bcq
+import models
 import run
 
 pytestmark = pytest.mark.slow
@@ -115,3 +116,17 @@ def test_a_run_whose_step_is_compiled_trains_the_same_network(tmp_path, monkeypa
             graphs.append(counter.frame_count - before)
             losses.append(json.loads((folder / "metrics.jsonl").read_text())["train_loss"])
         assert graphs == [0, 1] and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@whole_steps
+def test_a_step_in_bfloat16_that_inductor_compiles_is_the_eager_one():
+    torch.manual_seed(0)
+    model = models.fast(width=0.125)
+    params, buffers = bcq.split(model)
+    optimizer = bcq.sgd()
+    forward = bcq.autocast_forward(torch.bfloat16)
+    step = bcq.make_train_step(model, binary(model), optimizer, bcq.cross_entropy, forward)
+    batch = torch.randn(8, 3, 32, 32), torch.arange(8)
+    inputs = params, buffers, optimizer.init(params), batch, 0.01
+    eager, compiled = step(*inputs), run.compile_step(step)(*inputs)
+    torch.testing.assert_close(compiled[0], eager[0], rtol=0.05, atol=0.01)
