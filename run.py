@@ -1563,6 +1563,8 @@ def make_step(job):
         try:
             params, buffers, opt_state, metrics = train_step(*inputs, batch, lr, noise)
         except RuntimeError as error:  # in the backward pass
+            if world.size > 1:  # or in another process: see join_processes
+                raise
             raise InUsersCode(f"training --model {config.model}") from error
         if world.size > 1:
             means = torch.stack([metrics["loss"], metrics["accuracy"]])

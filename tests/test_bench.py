@@ -1,0 +1,69 @@
+"""The benchmarks run: what they measure is in results/, and no time is tested here."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import TOP, image_tree
+
+import run
+
+BENCH = TOP / "tests" / "bench"
+
+
+def bench(name, *words):
+    command = [sys.executable, BENCH / name, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_command_for_a_gpu_is_rehearsed_and_names_what_it_had_no_time_for(tmp_path):
+    root = image_tree(tmp_path / "data", run.CIFAR10, 201)  # one batch of the yardstick's
+    words = ["--data-dir", root, "--out", tmp_path / "out", "--device", "cpu", "--tiny"]
+    result = bench("gpu.py", *words, "--minutes", 1.5)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out" / "gpu.jsonl").read_text().splitlines()]
+    assert [line["job"] for line in lines][:2] == ["yardstick", "bc"] and len(lines) == 10
+    assert lines[0]["status"] == 0 and lines[1]["status"] == 0, lines[:2]
+    assert lines[0]["test_accuracy"] >= 0 and lines[1]["test_accuracy"] >= 0
+    for line in lines:
+        left_out = ("no time left", "was cut off at the end of the time")
+        assert line["status"] in (0, *left_out) or line["job"] == "two-processes", line
+
+
+@pytest.mark.slow
+def test_the_work_of_a_training_is_timed_beside_the_yardsticks(tmp_path):
+    words = ["--rounds", 1, "--width", 0.125, "--batch-size", 500]
+    result = bench("work.py", *words, "--record", tmp_path / "record.jsonl")
+    assert result.returncode == 0, result.stderr
+    line = json.loads((tmp_path / "record.jsonl").read_text())
+    assert line["steps"] == 9 * 90 and 0 < line["work_over_yardstick"] < 1
+    assert line["seconds"].keys() == {"real", "low_bit", "yardstick"}
+
+
+def test_the_yardstick_begins_as_it_is_described():
+    sys.path.insert(0, str(BENCH))
+    import yardstick
+
+    x = torch.randint(0, 256, (2000, 3, 32, 32), dtype=torch.uint8)
+    trainer = yardstick.Trainer(x, "fp32")
+    images = yardstick.normalize(x[:300])
+    model = trainer.model
+    # whitened patches have variances of 1, and are not correlated
+    patches = (
+        torch.nn.functional.conv2d(images, model.whiten.weight[:12]).transpose(0, 1).flatten(1)
+    )
+    covariance = patches @ patches.T / patches.shape[1]
+    torch.testing.assert_close(covariance, torch.eye(12), rtol=0, atol=0.1)
+    assert torch.equal(model.whiten.weight[12:], -model.whiten.weight[:12])
+    layer = model.blocks[1].convs[0]  # the identity in its first channels
+    maps = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(layer(maps)[:, :64], maps)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1_971_352
+    before = {k: v.detach().clone() for k, v in model.named_parameters()}
+    for _ in range(2):
+        trainer.step(yardstick.normalize(x[:64]), torch.arange(64) % 10)
+    moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
+    assert moved == {k for k, p in model.named_parameters() if p.requires_grad}
