@@ -655,8 +655,12 @@ def test_a_thousand_layers_of_odd_geometry_are_exact_each_in_a_process_of_its_ow
     for seed in range(1000):
         child = os.fork()
         if child == 0:
-            torch.set_num_threads(1)
-            os._exit(0 if layer_is_exact(seed) else 1)
+            status = 2
+            try:
+                torch.set_num_threads(1)
+                status = 0 if layer_is_exact(seed) else 1
+            finally:  # whatever happens, the child goes no further
+                os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status:
             wrong.append((seed, status))
