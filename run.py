@@ -926,47 +926,58 @@ def is_zca(value):
     return shapes and all(t.dtype == torch.float32 and t.isfinite().all() for t in value)
 
 
+SAID = ("config", "accuracies", "dataset", "mode", "classes", "names", "mean", "std", "zca")
+SAID += ("train_images", "bits", "grids", "steps", "latent", "masks")  # beside the weights
+
+
 def check_meta(path, meta, params):
     """Raises ValueError, naming the entry, where a file says what cannot be of its network."""
-    shapes = {name: w.shape for name, w in params.items()}
-    weights = {name for name, shape in shapes.items() if len(shape) > 1}
-
-    def by_weight(value, is_right):
-        return value.keys() <= weights and all(map(is_right, value.values()))
-
-    def are_steps(value):
-        missing = [
-            name
-            for name, (bits, _) in meta.get("grids", {}).items()
-            if bits > 1 and f"{name}:input_step_size" not in value
-        ]
-        right = are_tensors(value, dict.fromkeys(value, ()), torch.float32)
-        return right and not missing and all(0 < step < math.inf for step in value.values())
-
-    rules = {
-        "config": lambda v: isinstance(v, dict) and is_plain(v),
-        "accuracies": lambda v: isinstance(v, dict) and is_plain(v),
-        "dataset": lambda v: isinstance(v, str),
-        "mode": lambda v: v in METHODS,
-        "classes": are_words,
-        "names": are_words,
-        "mean": lambda v: is_colour(v, -1e3),
-        "std": lambda v: is_colour(v, 1e-6),
-        "zca": is_zca,
-        "train_images": lambda v: is_number(v, kinds=(int,)),
-        "bits": lambda v: by_weight(v, lambda bits: is_number(bits, 1, 32, (int,))),
-        "grids": lambda v: by_weight(v, is_grid) and (not v or "steps" in meta),
-        "steps": are_steps,
-        "latent": lambda v: are_tensors(v, shapes, torch.float32),
-        "masks": lambda v: are_tensors(v, shapes, torch.bool),
-    }
-    for key, is_right in rules.items():
+    for key in SAID:
         try:
-            right = key not in meta or is_right(meta[key])
+            right = key not in meta or is_right(key, meta, params)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             right = False
         if not right:
             raise ValueError(f"{path}: its {key} are not what a file of run.py says")
+
+
+def is_right(key, meta, params):
+    """Whether an entry of a file can be of a network with these params."""
+    value, shapes = meta[key], {name: w.shape for name, w in params.items()}
+    weights = {name for name, shape in shapes.items() if len(shape) > 1}
+    match key:
+        case "config" | "accuracies":
+            return isinstance(value, dict) and is_plain(value)
+        case "dataset":
+            return isinstance(value, str)
+        case "mode":
+            return value in METHODS
+        case "classes" | "names":
+            return are_words(value)
+        case "mean":
+            return is_colour(value, -1e3)
+        case "std":
+            return is_colour(value, 1e-6)
+        case "zca":
+            return is_zca(value)
+        case "train_images":
+            return is_number(value, kinds=(int,))
+        case "bits":
+            whole = all(is_number(bits, 1, 32, (int,)) for bits in value.values())
+            return whole and value.keys() <= weights
+        case "grids":
+            known = not value or "steps" in meta
+            return known and all(map(is_grid, value.values())) and value.keys() <= weights
+        case "steps":
+            grids = meta.get("grids", {})
+            wanted = {f"{name}:input_step_size" for name, grid in grids.items() if grid[0] > 1}
+            numbers = are_tensors(value, dict.fromkeys(value, ()), torch.float32)
+            positive = numbers and all(0 < step < math.inf for step in value.values())
+            return positive and wanted <= value.keys()
+        case "latent":
+            return are_tensors(value, shapes, torch.float32)
+        case "masks":
+            return are_tensors(value, shapes, torch.bool)
 
 
 def refuse_nan(path, tensors, finite=False):
