@@ -1714,8 +1714,7 @@ def load_packed(path, build):
 
     model = construct(path, build, content.get("hyperparam"), fit, stored)
     tensors = fit(model)
-    extra = {name: value for name, value in content["net"].items() if is_extra(name)}
-    model.load_state_dict(extra, strict=False)
+    load_state(model, {key: value for key, value in content["net"].items() if is_extra(key)})
     packed = {name: tensors[name] for name, _ in model.named_parameters()}
     buffers = {name: tensors[name] for name, _ in model.named_buffers()}
     meta = {key: v for key, v in content.items() if key not in ("net", "packed")}
@@ -2050,9 +2049,7 @@ def load_checkpoint(path, build):
 
     model = construct(path, build, content.get("hyperparam"), fit, net)
     net = fit(model)
-    state = OrderedDict(net)
-    state._metadata = model.state_dict()._metadata  # the versions that some modules ask for
-    model.load_state_dict(state, strict=False)  # fit_names has seen that all is there
+    load_state(model, net)  # fit_names has seen that all is there
 
     params, buffers = split(model)
     for tensors in (params, buffers):
@@ -2060,6 +2057,13 @@ def load_checkpoint(path, build):
             if name in net:
                 tensors[name] = net[name].clone()  # in the file's dtype
     return model, params, buffers, meta
+
+
+def load_state(model, net):
+    """Writes the entries of a state dict into the model."""
+    state = OrderedDict(net)
+    state._metadata = model.state_dict()._metadata  # the versions that some modules ask for
+    model.load_state_dict(state, strict=False)
 
 
 def construct(path, build, hyperparam, fit, net):

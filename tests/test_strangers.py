@@ -650,3 +650,26 @@ def test_a_deployed_convolution_takes_one_image_and_a_stride_of_one_number(strid
     together, _ = bcq.apply(layer, packed, {}, x)
     apart = torch.stack([bcq.apply(layer, packed, {}, image)[0] for image in x])
     assert torch.equal(together, apart)
+
+
+class Versioned(nn.Linear):
+    """Asks for the version of its state, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *more):
+        if metadata.get("version") not in (1, 2):
+            raise ValueError(
+                f"version should be set to 1 or 2 instead of {metadata.get('version')}"
+            )
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+
+def test_a_module_that_asks_for_its_version_is_read_from_both_kinds_of_files(tmp_path):
+    model, x = Versioned(3, 2), torch.randn(4, 3)
+    params, buffers = bcq.split(model)
+    bcq.save_checkpoint(tmp_path / "a.pth", bcq.state_dict(model, params, buffers), {})
+    bcq.save_packed(tmp_path / "a.bcq", model, bcq.pack(params, {}), buffers, {})
+    for load, name in ((bcq.load_checkpoint, "a.pth"), (bcq.load_packed, "a.bcq")):
+        own = load(tmp_path / name, lambda: Versioned(3, 2))[:3]
+        assert torch.equal(bcq.apply(*own, x)[0], model(x))
