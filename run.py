@@ -981,7 +981,7 @@ def is_right(key, meta, params):
 
 
 def refuse_nan(path, tensors, finite=False):
-    """Raises ValueError, naming the tensor, where a dict in a file has a NaN; or, finite, an inf."""
+    """Raises ValueError, naming the tensor, at a NaN in a dict of a file; or, finite, at an inf."""
     for name, value in tensors.items():
         parts = [value]
         if isinstance(value, bcq.OwnLayer):
