@@ -21,6 +21,15 @@ def test_the_sign_of_an_input_has_no_third_value_and_its_gradient_is_cut_beyond_
     assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_gradient_of_a_sign_is_cut_from_the_number_next_to_1_on(dtype):
+    one = torch.ones((), dtype=dtype)
+    above = one + torch.finfo(dtype).eps
+    x = torch.stack([one, above, -one, -above]).requires_grad_()
+    bcq.sign_input(x).sum().backward()
+    assert x.grad.tolist() == [1, 0, 1, 0]
+
+
 def test_the_sign_of_an_input_that_is_a_nan_is_a_nan():
     assert bcq.sign_input(torch.tensor([float("nan"), 1.0])).isnan().tolist() == [True, False]
 
@@ -47,6 +56,24 @@ def test_lsq_has_the_values_and_the_gradients_of_the_paper(low, high):
     assert np.allclose(q.detach().numpy(), values)
     assert np.allclose(x.grad.numpy(), by_x)
     assert np.isclose(step_size.grad.item(), by_step_size)
+
+
+def test_lsq_has_no_gradient_by_an_input_at_the_ends_of_the_grid_as_in_the_paper():
+    x = torch.tensor([-2.0, -1.75, -0.25, 0.0, 1.5, 1.75, 2.0], requires_grad=True)
+    step_size = torch.tensor(0.25, requires_grad=True)
+    bcq.lsq(x, step_size, -8, 7, 7).sum().backward()
+    _, by_x, by_step_size = lsq_by_hand(x.detach().numpy(), 0.25, -8, 7, 7)
+    assert x.grad.tolist() == by_x.tolist() == [0, 1, 1, 1, 1, 0, 0]
+    assert np.isclose(step_size.grad.item(), by_step_size)
+
+
+def test_lsq_and_the_integers_of_a_packed_layer_round_alike_to_the_last_code():
+    for scale in (0.1, 0.3, 1 / 3, 0.7):
+        scale = torch.tensor(scale)
+        middles = (torch.arange(1_000_000) % 255 + 0.5) * scale  # where a rounding is decided
+        x = torch.nextafter(middles, torch.randn(1_000_000) * 100)
+        codes, *_ = bcq.quantize_input(x, (8, 0), scale.item())
+        assert torch.equal(codes * scale, bcq.lsq(x, scale, 0, 255, 1000))
 
 
 def test_lsqs_values_lie_on_the_grid_to_the_last_bit():
