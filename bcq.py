@@ -953,6 +953,31 @@ def sign_input(x):
     return straight_through(F.hardtanh(x, -above_1, above_1), binarize(x))
 
 
+class LearnedStep(torch.autograd.Function):
+    """lsq, with its gradients by hand: the formula's own would keep five tensors as large as x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, step_size, low, high, gradient_scale):
+        return (x * (1 / step_size)).clamp(low, high).round_().mul_(step_size)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, step_size, ctx.low, ctx.high, ctx.gradient_scale = inputs
+        ctx.save_for_backward(x, step_size, output)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, step_size, q = ctx.saved_tensors
+        # equation 5: g within the grid, 0 at its ends and beyond, as hardtanh has it
+        by_x = torch.ops.aten.hardtanh_backward(g, x * (1 / step_size), ctx.low, ctx.high)
+        # equation 3, times step_size: q - x within the grid, q at its ends and beyond
+        slope = (g * q).addcmul_(by_x, x, value=-1).sum(dtype=wide_dtype(g))
+        by_step_size = ctx.gradient_scale * slope / step_size
+        return by_x, by_step_size.view_as(step_size), None, None, None
+
+
 def lsq(x, step_size, low, high, size):
     """step_size * round(clip(x / step_size, low, high)), differentiable in x and in step_size.
 
@@ -960,12 +985,7 @@ def lsq(x, step_size, low, high, size):
     of one image; its gradient is scaled by 1 / sqrt(size * high). Source: Esser et al. 2020,
     arXiv:1902.08153, section 2.
     """
-    gradient_scale = (size * max(high, 1)) ** -0.5
-    step_size = straight_through(step_size * gradient_scale, step_size)
-    # hardtanh is a clip whose gradient is 0 at its ends too, as in the paper, and quicker than
-    # clamp's; and the gradient of a product takes fewer passes over x than that of a division.
-    v = F.hardtanh(x * (1 / step_size), low, high)
-    return straight_through(v, v.round()) * step_size
+    return LearnedStep.apply(x, step_size, low, high, (size * max(high, 1)) ** -0.5)
 
 
 def lsq_method(bits):

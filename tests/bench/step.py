@@ -1,5 +1,7 @@
 """Time and peak memory of a training step: an ordinary loop, the lab's loop, the functional step.
 
+lsq is the functional step with weights and inputs of 4 bits.
+
     python tests/bench/step.py [--model fast] [--batch 500] [--rounds 3] [--methods plain ...]
                                [--against DIR] [--record FILE]
 
@@ -24,19 +26,29 @@ from common import finished, make_parser, record, run, set_up
 import bcq
 import models
 
-METHODS = ("plain", "lab", "functional", "plain-compiled", "functional-compiled")
+METHODS = ("plain", "lab", "functional", "lsq", "plain-compiled", "functional-compiled")
 
 
 def functional(model, bf16, method):
     """The toolkit's step, SGD with momentum: a function of a batch."""
-    methods = dict.fromkeys(bcq.quantizable(model), bcq.BINARY_CONNECT)
+    names = bcq.quantizable(model)
+    params, buffers = bcq.split(model)
+    methods = dict.fromkeys(names, bcq.BINARY_CONNECT)
+    forward = bcq.autocast_forward(torch.bfloat16) if bf16 else bcq.apply
+    if method == "lsq":
+        methods = dict.fromkeys(names, bcq.lsq_method(4))
+        for name in names:
+            params[f"{name}:step_size"] = 2 * params[name].abs().mean() / 7**0.5
+        bits, several = dict.fromkeys(names, 4), torch.randn(64, 3, 32, 32)
+        scales, grids = bcq.calibrate_inputs(model, params, buffers, several, bits)
+        params |= scales
+        forward = bcq.quantized_inputs(grids, forward)
     optimizer = bcq.sgd(0.9, nesterov=True)
     loss = partial(bcq.cross_entropy, smoothing=0.2)
-    forward = bcq.autocast_forward(torch.bfloat16) if bf16 else bcq.apply
     step = bcq.make_train_step(model, methods, optimizer, loss, forward)
     if method == "functional-compiled":
         step = run.compile_step(step)
-    return keep_state(step, *bcq.split(model), optimizer.init)
+    return keep_state(step, params, buffers, optimizer.init)
 
 
 def before(model, bf16, path):
@@ -101,7 +113,7 @@ def measure(method, name, batch, against):
     model, bf16 = models.MODELS[name]().train(), dtype == "bf16"
     if method == "before":
         one = before(model, bf16, Path(against) / "bcq.py")
-    elif method.startswith("functional"):
+    elif method.startswith("functional") or method == "lsq":
         one = functional(model, bf16, method)
     else:
         one = module_loop(model, bf16, method)
