@@ -100,11 +100,12 @@ class Config:
 
     optimizer: str = "sgd"
     schedule: str = "linear"
-    lr: float = 0.0  # of this and the next five: see OPTIMIZERS
+    lr: float = 0.0  # of this and the next six: see OPTIMIZERS
     lr_end: float = 0.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     rest_lr: float = 1.0
+    bias_lr: float = 1.0
     rest_momentum: float = 0.0
     step_lr: float = 0.02  # of LSQ's step sizes, as a share of them
 
@@ -113,7 +114,13 @@ OPTIMIZERS = {
     "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
     "adam": {"lr": 1e-3},
     "adam-glorot": {"lr": 3e-3},
-    "muon": {"lr": 0.15, "momentum": 0.4, "rest_lr": 5.0, "rest_momentum": 0.85},
+    "muon": {
+        "lr": 0.15,
+        "momentum": 0.4,
+        "rest_lr": 5.0,  # times lr: of parameters that are no matrices
+        "bias_lr": 20.0,  # likewise, of biases among them
+        "rest_momentum": 0.85,
+    },
 }
 PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model in a mode
     "fast": {
@@ -126,13 +133,9 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
         "norm_images": 5000,
     },
     "low-bit": {"weight_decay": 0.0},
-    "fast bc": {
-        "epochs": 9,
-        "real_epochs": 3,
-        "frozen": ("stem.weight", "stem_norm.weight", "stem_norm.bias"),
-    },
+    "fast bc": {"epochs": 7, "real_epochs": 3},
     # Latent weights that come near the bound are drawn with clear probabilities.
-    "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375},
+    "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
     "xnor": {"act": "hardtanh"},
     "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"lr": 0.05, "frozen": ()},
@@ -192,8 +195,9 @@ def make_optimizer(config, params, names):
     else:
         dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
         matrices = [k for k, w in params.items() if w.ndim > 1 and k not in config.frozen]
-        rest = bcq.sgd(config.rest_momentum, nesterov=True)
-        rest = bcq.scale_updates(rest, config.rest_lr)
+        rates = dict.fromkeys(params, config.rest_lr)
+        rates |= {k: config.bias_lr for k in params if k.endswith("bias")}
+        rest = bcq.scale_updates(bcq.sgd(config.rest_momentum, nesterov=True), rates)
         optimizer = bcq.partition(matrices, bcq.muon(config.momentum, dtype=dtype), rest)
 
     # Learned step sizes have an Adam of their own, in shares of what they began with.
@@ -209,7 +213,8 @@ def learning_rate(config, steps, step):
         epoch = step // steps
         return config.lr * (config.lr_end / config.lr) ** (epoch / config.epochs)
     total = config.epochs * steps
-    return config.lr * ((total - step) / total)
+    falling = total - config.real_epochs * steps  # the decay belongs to the low-bit epochs
+    return config.lr * min(1, (total - step) / falling)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -429,6 +429,45 @@ def time_to_accuracy(records):
     return [*table(head, rows), "", machines(shown)]
 
 
+def yardsticks(records):
+    """The trainings of the yardstick that are of its full length."""
+    found = latest(records, "yardstick", "device_name", "epochs", "compiled")
+    return [record for record in found if record["epochs"] == 8]
+
+
+def trainings_with_work(records):
+    """The trainings whose work was timed beside the yardstick's, the last of each setting."""
+    return latest(records, "work", "mode", "epochs", "real_epochs", "width", "train_images")
+
+
+def work_table(records):
+    """What trainings reach, and their work as a share of the yardstick's."""
+
+    def accuracies(record, key):
+        return mean_and_deviation([100 * each for each in record[f"{key}_each"]], "{:.2f}")
+
+    def cells(name, work, record):
+        found = [accuracies(record, key) for key in ("test_accuracy", "test_accuracy_views")]
+        images = f"{record['train_images']:,}"
+        return [name, str(record["epochs"]), images, work, *found, str(record["seeds"])]
+
+    rows, timed = [], []
+    for record in yardsticks(records):
+        rows.append(cells("the yardstick, fp32", "1", record))
+        timed.append(record)
+    for record in sorted(trainings_with_work(records), key=itemgetter("work_over_yardstick")):
+        if not record.get("seeds"):
+            continue
+        name = f"`--mode {record['mode']}`"
+        if record["width"] != 1:
+            name += f", width {record['width']:g}"
+        rows.append(cells(name, f"{record['work_over_yardstick']:.2f}", record))
+        timed.append(record)
+    head = ["training", "epochs", "images", "work over the yardstick's", "test accuracy, %"]
+    head += ["with six views, %", "seeds"]
+    return [*table(head, rows), "", machines(timed), "", *commands(timed)]
+
+
 def best_scores(records):
     """The three networks of the lowest course score among those at 90 % or more."""
     networks = {}
@@ -655,24 +694,23 @@ def draw_accuracy(records):
 
 
 def draw_time(records):
-    """Accuracy against the time of training: a dot for each method."""
-    places = {"bwn": (6, -14), "ternary": (6, 6), "lsq": (6, 4)}
+    """Accuracy against the work of training, as a share of the yardstick's: a dot for each."""
     _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for group in trained(records):
-        first = group[0]
-        if first["device_name"] != MACHINE or first["threads"] != 2:
-            continue
-        mode, color = first["mode"], "C1"
-        label = mode
-        if mode == "bc":
-            color = "C0"
-        if mode == "lsq":
-            label += f" W{first['w_bits']}A{first['a_bits']}, after fp32"
-        label += f", {first['epochs']} epochs"
-        minutes = statistics.fmean(record["train_seconds"] for record in group) / 60
-        draw_dot(axes, minutes, group, color, label, places.get(mode, (6, 4)))
-    axes.margins(x=0.2, y=0.12)
-    axes.set_xlabel("training on two CPU cores with AMX, minutes")
+
+    def dot(work, record, color, label):
+        seeds = [{"test_accuracy": each} for each in record["test_accuracy_each"]]
+        draw_dot(axes, work, seeds, color, label, (7, -12))
+
+    for record in yardsticks(records):
+        dot(1, record, "black", "the yardstick: airbench94 with Muon, fp32, 8 epochs")
+    for record in trainings_with_work(records):
+        if record.get("seeds"):
+            color = {"bc": "C0"}.get(record["mode"], "C1")
+            label = f"{record['mode']}, {record['epochs']} epochs"
+            dot(record["work_over_yardstick"], record, color, label)
+    axes.set_xlim(left=0)
+    axes.margins(x=0.25, y=0.15)
+    axes.set_xlabel("seconds a step times steps, over the yardstick's on the same machine")
     finish_picture(axes, "time.png")
 
 
@@ -702,6 +740,7 @@ def main():
         "other machines": other_machines_table(records),
         "training": training_table(records),
         "time to accuracy": time_to_accuracy(records),
+        "work": work_table(records),
         "best scores": best_scores(records),
         "steps": step_table(records),
         "strangers": strangers_table(records),

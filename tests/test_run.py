@@ -280,6 +280,21 @@ def test_the_schedules_fall_in_a_line_to_zero_or_by_one_factor_an_epoch():
     assert rates[401] / rates[400] == pytest.approx(factor)
 
 
+def test_the_learning_rate_falls_in_the_low_bit_epochs_alone():
+    config = run.Config(lr=0.4, epochs=10, real_epochs=4)
+    rates = [run.learning_rate(config, 3, step) for step in (0, 11, 12, 21, 30)]
+    assert rates == pytest.approx([0.4, 0.4, 0.4, 0.2, 0.0])
+
+
+def test_muons_preset_has_a_learning_rate_for_biases_of_its_own():
+    params = {"norm.weight": torch.ones(3), "norm.bias": torch.ones(3), "w": torch.ones(3, 3)}
+    config = run.Config(**run.preset("bc", "fast")[1])
+    optimizer = run.make_optimizer(config, params, [])
+    updates, _ = optimizer.update(params, optimizer.init(params), params, 0.1)
+    ratio = updates["norm.bias"] / updates["norm.weight"]
+    assert torch.allclose(ratio, torch.tensor(config.bias_lr / config.rest_lr))
+
+
 def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_any_preset():
     muon, adam = run.OPTIMIZERS["muon"]["lr"], run.OPTIMIZERS["adam"]["lr"]
     assert run.preset("bc", "fast")[1]["lr"] == muon
@@ -327,6 +342,7 @@ def test_real_epochs_that_leave_none_with_low_bits_are_refused(tmp_path):
 def test_the_first_epochs_may_be_in_full_precision_and_then_train_as_fp32_does(monkeypatch):
     monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "norm_images": 0})
     monkeypatch.setitem(run.PRESETS, "fast bc", {"real_epochs": 1})
+    monkeypatch.setattr(run, "learning_rate", lambda *_: 0.1)  # fp32's falls from the first step on
     job, ordinary = (job_of("--epochs", 2, "--mode", mode) for mode in ("bc", "fp32"))
 
     def epoch(job, state):

@@ -1,16 +1,20 @@
 """The work of a training over that of the yardstick's 8 epochs: seconds a step times steps.
 
-    python tests/bench/work.py [--rounds 5] [--record FILE] [--accuracy X] [--seeds N] [FLAGS of run.py]
+    python tests/bench/work.py [--rounds 5] [--record FILE] [--runs DIR ... --data-dir DATA]
+                               [FLAGS of run.py]
 
 Steps of the two are timed in turns, in one process, on random images, with a warm-up: so the ratio
 holds on any machine, and takes no training. A step of low-bit epochs and one of the real epochs
-before them are timed apart, each with its augmentation. --accuracy and --seeds only go into the
-record: they are of trainings by the same flags.
+before them are timed apart, each with its augmentation.
+
+--runs: folders of finished trainings by the same flags, a seed each. Their test accuracy goes into
+the record, and that of the same networks with six views of each image averaged (see yardstick.py).
 """
 
+import json
 import statistics
-import sys
 import time
+from pathlib import Path
 
 import torch
 import yardstick
@@ -60,16 +64,50 @@ def yardstick_step(data, dtype):
     return one
 
 
+def read_runs(folders, data_dir, config):
+    """What finished trainings reached: their test accuracies, plain and with views, and images."""
+    data = run.load_data("cifar10", data_dir)
+    plain, viewed, images = [], [], set()
+    for folder in map(Path, folders):
+        result = json.loads((folder / "result.json").read_text())
+        for key in ("mode", "model", "epochs", "real_epochs", "batch_size", "lr", "width"):
+            if result["config"][key] != getattr(config, key):
+                raise SystemExit(f"{folder}: its {key} is {result['config'][key]}, not the flags'")
+        images.add(result["train_images"])
+        plain.append(result["test_accuracy"])
+
+        net = run.load_network(folder / "model.pth", torch.device("cpu"))
+        net, right = run.fit_to_data(net, data), 0
+
+        def logits(x, net=net):
+            return net.forward(net.model, net.params, net.buffers, x)[0]
+
+        with torch.no_grad():
+            for x, labels in run.batches(data, "test"):
+                right += (yardstick.views(logits, x).argmax(1) == labels).sum().item()
+        viewed.append(right / len(data["test_y"]))
+    (count,) = images  # of all the same
+    row = {"train_images": count, "seeds": len(plain)}
+    for name, found in (("test_accuracy", plain), ("test_accuracy_views", viewed)):
+        row |= {name: statistics.fmean(found), f"{name}_each": found}
+        print(f"{name:20} {row[name]:.4f} of {', '.join(f'{x:.4f}' for x in found)}")
+    return row
+
+
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=run.number(int, 1), default=5)
-    parser.add_argument("--accuracy", type=float)
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--train-images", type=run.number(int, 1), default=45_000)
+    parser.add_argument("--runs", nargs="+", metavar="DIR")
+    parser.add_argument("--data-dir")
     args, flags = parser.parse_known_args()
     device, dtype = set_up("cpu")
     data = random_data()
+    load_data = run.load_data
     config, steps = our_steps(flags, data)
+    run.load_data = load_data
+    found = {"train_images": 45_000}
+    if args.runs:
+        found = read_runs(args.runs, args.data_dir, config)
     steps["yardstick"] = yardstick_step(data, dtype)
 
     times = {name: [] for name in steps}
@@ -83,7 +121,7 @@ def main():
                 times[name].append((time.perf_counter() - begun) / count)
     seconds = {name: statistics.median(own) for name, own in times.items()}
 
-    each = args.train_images // config.batch_size
+    each = found["train_images"] // config.batch_size
     real = config.real_epochs if "real" in steps else 0
     ours = each * (real * seconds.get("real", 0) + (config.epochs - real) * seconds["low_bit"])
     theirs = yardstick.EPOCHS * (50_000 // yardstick.BATCH) * seconds["yardstick"]
@@ -93,15 +131,18 @@ def main():
     print(f"work       {ours:.0f} s over {theirs:.0f} s: {ours / theirs:.3f}")
 
     row = {"mode": config.mode, "model": config.model, "preset": config.preset}
+    row |= {"width": config.width}
     row |= {"epochs": config.epochs, "real_epochs": real, "batch": config.batch_size}
-    row |= {"steps": each * config.epochs, "train_images": args.train_images}
+    row |= {"steps": each * config.epochs, **found}
     row |= {"seconds_per_step": ours / (each * config.epochs), "seconds": seconds}
     row |= {
         "yardstick_seconds_per_step": seconds["yardstick"],
         "work_over_yardstick": ours / theirs,
     }
-    row |= {"test_accuracy": args.accuracy, "seeds": args.seeds, "dtype": dtype}
-    record(args.record, "work", ["tests/bench/work.py", *sys.argv[1:]], device, **row)
+    said = ["tests/bench/work.py", "--rounds", args.rounds, *flags]
+    if args.runs:
+        said += ["--runs", "DIR", "--data-dir", "DATA"]
+    record(args.record, "work", said, device, **row, dtype=dtype)
 
 
 if __name__ == "__main__":
