@@ -973,7 +973,7 @@ class LearnedStep(torch.autograd.Function):
         # equation 5: g within the grid, 0 at its ends and beyond, as hardtanh has it
         by_x = torch.ops.aten.hardtanh_backward(g, x * (1 / step_size), ctx.low, ctx.high)
         # equation 3, times step_size: q - x within the grid, q at its ends and beyond
-        slope = (g * q).addcmul_(by_x, x, value=-1).sum(dtype=wide_dtype(g))
+        slope = torch.addcmul(g * q, by_x, x, value=-1).sum(dtype=wide_dtype(g))
         by_step_size = ctx.gradient_scale * slope / step_size
         return by_x, by_step_size.view_as(step_size), None, None, None
 

@@ -67,6 +67,19 @@ def test_lsq_has_no_gradient_by_an_input_at_the_ends_of_the_grid_as_in_the_paper
     assert np.isclose(step_size.grad.item(), by_step_size)
 
 
+def test_gradients_of_stacked_lsq_by_vmap_are_those_of_each_alone():
+    x, step_size = torch.randn(5, 40), 0.1 + torch.rand(5)
+
+    def cost(x, step_size):
+        return bcq.lsq(x, step_size, -2, 1, 40).square().sum()
+
+    gradient = torch.func.grad(cost, (0, 1))
+    stacked = torch.func.vmap(gradient)(x, step_size)
+    alone = [gradient(*each) for each in zip(x, step_size, strict=True)]
+    for found, expected in zip(stacked, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+
+
 def test_lsq_and_the_integers_of_a_packed_layer_round_alike_to_the_last_code():
     for scale in (0.1, 0.3, 1 / 3, 0.7):
         scale = torch.tensor(scale)
