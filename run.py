@@ -133,7 +133,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
         "norm_images": 5000,
     },
     "low-bit": {"weight_decay": 0.0},
-    "fast bc": {"epochs": 7, "real_epochs": 3},
+    "fast bc": {"epochs": 9, "real_epochs": 3},
     # Latent weights that come near the bound are drawn with clear probabilities.
     "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
     "xnor": {"act": "hardtanh"},
