@@ -51,7 +51,7 @@ SMALL = {
 }
 INFERENCE = ("fp32", "bf16", "fp16", "int8 static", "int8 dynamic", "xnor", "1-bit weights, packed")
 STRANGERS = ("bc_step", "pack_1_bit", "int8", "lsq_step", "fp16", "checkpoint", "count")
-STEPS = ("lab", "functional", "side-by-side", "plain-compiled", "functional-compiled")
+STEPS = ("lab", "functional", "lsq", "side-by-side", "plain-compiled", "functional-compiled")
 
 
 # --------------------------------------------------------------------------------------------------
