@@ -696,20 +696,17 @@ def draw_accuracy(records):
 def draw_time(records):
     """Accuracy against the work of training, as a share of the yardstick's: a dot for each."""
     _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-
-    def dot(work, record, color, label):
-        seeds = [{"test_accuracy": each} for each in record["test_accuracy_each"]]
-        draw_dot(axes, work, seeds, color, label, (7, -12))
-
-    for record in yardsticks(records):
-        dot(1, record, "black", "the yardstick: airbench94 with Muon, fp32, 8 epochs")
+    dots = [(1, record, "the yardstick, fp32, 8 epochs") for record in yardsticks(records)]
     for record in trainings_with_work(records):
         if record.get("seeds"):
-            color = {"bc": "C0"}.get(record["mode"], "C1")
             label = f"{record['mode']}, {record['epochs']} epochs"
-            dot(record["work_over_yardstick"], record, color, label)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.25, y=0.15)
+            dots.append((record["work_over_yardstick"], record, label))
+    for work, record, label in dots:
+        color = {"bc": "C0"}.get(record.get("mode"), "C1")
+        seeds = [{"test_accuracy": each} for each in record["test_accuracy_each"]]
+        draw_dot(axes, work, seeds, color, label, (7, 5))
+    axes.set_xlim(0, 1.3 * max(work for work, *_ in dots))
+    axes.margins(y=0.2)
     axes.set_xlabel("seconds a step times steps, over the yardstick's on the same machine")
     finish_picture(axes, "time.png")
 
