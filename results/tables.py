@@ -436,8 +436,9 @@ def yardsticks(records):
 
 
 def trainings_with_work(records):
-    """The trainings whose work was timed beside the yardstick's, the last of each setting."""
-    return latest(records, "work", "mode", "epochs", "real_epochs", "width", "train_images")
+    """The finished trainings whose work was timed beside the yardstick's, the last of each."""
+    found = latest(records, "work", "mode", "epochs", "real_epochs", "width", "train_images")
+    return [record for record in found if record.get("seeds")]
 
 
 def work_table(records):
@@ -456,8 +457,6 @@ def work_table(records):
         rows.append(cells("the yardstick, fp32", "1", record))
         timed.append(record)
     for record in sorted(trainings_with_work(records), key=itemgetter("work_over_yardstick")):
-        if not record.get("seeds"):
-            continue
         name = f"`--mode {record['mode']}`"
         if record["width"] != 1:
             name += f", width {record['width']:g}"
@@ -698,11 +697,12 @@ def draw_time(records):
     _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     dots = [(1, record, "the yardstick, fp32, 8 epochs") for record in yardsticks(records)]
     for record in trainings_with_work(records):
-        if record.get("seeds"):
-            label = f"{record['mode']}, {record['epochs']} epochs"
-            dots.append((record["work_over_yardstick"], record, label))
+        label = f"{record['mode']}, {record['epochs']} epochs"
+        dots.append((record["work_over_yardstick"], record, label))
     for work, record, label in dots:
-        color = {"bc": "C0"}.get(record.get("mode"), "C1")
+        color = "C1"
+        if record.get("mode") == "bc":
+            color = "C0"
         seeds = [{"test_accuracy": each} for each in record["test_accuracy_each"]]
         draw_dot(axes, work, seeds, color, label, (7, 5))
     axes.set_xlim(0, 1.3 * max(work for work, *_ in dots))

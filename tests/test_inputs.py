@@ -89,6 +89,12 @@ def test_lsq_and_the_integers_of_a_packed_layer_round_alike_to_the_last_code():
         assert torch.equal(codes * scale, bcq.lsq(x, scale, 0, 255, 1000))
 
 
+def test_a_batch_without_images_has_codes_without_images():
+    for grid in ((8, 3), (1, 1)):
+        codes, *_ = bcq.quantize_input(torch.empty(0, 3, 4, 4), grid, 0.1)
+        assert codes.shape == (0, 3, 4, 4) and codes.dtype == torch.uint8
+
+
 def test_lsqs_values_lie_on_the_grid_to_the_last_bit():
     w, step_size = torch.randn(6, 4, 3, 3), torch.tensor(0.1)
     q = bcq.lsq_method(4).quantize(w, step_size)

@@ -3,9 +3,9 @@
     python tests/bench/work.py [--rounds 5] [--record FILE] [--runs DIR ... --data-dir DATA]
                                [FLAGS of run.py]
 
-Steps of the two are timed in turns, in one process, on random images, with a warm-up: so the ratio
-holds on any machine, and takes no training. A step of low-bit epochs and one of the real epochs
-before them are timed apart, each with its augmentation.
+Steps of the two are timed in turns, in one process, on random images, with a warm-up: so the load
+and the clock of the machine change both alike, and it takes no training. A step of low-bit epochs
+and one of the real epochs before them are timed apart, each with its augmentation.
 
 --runs: folders of finished trainings by the same flags, a seed each. Their test accuracy goes into
 the record, and that of the same networks with six views of each image averaged (see yardstick.py).
@@ -36,8 +36,10 @@ def random_data(count=4000):
 def our_steps(flags, data):
     """The configuration, and a step of the real and of the low-bit epochs, as functions."""
     args = run.parse_arguments([*flags, "--dataset", "cifar10", "--val", "0"])
+    load_data = run.load_data
     run.load_data = lambda *arguments: dict(data)
     job = run.prepare_job(run.configure(args), run.locate(args))
+    run.load_data = load_data
     step, start = run.make_step(job), run.initial_state(job)
     states = {"real": {**start, "epoch": 0}, "low_bit": {**start, "epoch": job.config.real_epochs}}
     if not job.config.real_epochs or not job.methods:
@@ -67,7 +69,7 @@ def yardstick_step(data, dtype):
 def read_runs(folders, data_dir, config):
     """What finished trainings reached: their test accuracies, plain and with views, and images."""
     data = run.load_data("cifar10", data_dir)
-    plain, viewed, images = [], [], set()
+    plain, viewed, images, commits = [], [], set(), []
     for folder in map(Path, folders):
         result = json.loads((folder / "result.json").read_text())
         for key in ("mode", "model", "epochs", "real_epochs", "batch_size", "lr", "width"):
@@ -75,6 +77,7 @@ def read_runs(folders, data_dir, config):
                 raise SystemExit(f"{folder}: its {key} is {result['config'][key]}, not the flags'")
         images.add(result["train_images"])
         plain.append(result["test_accuracy"])
+        commits.append(result["commit"])
 
         net = run.load_network(folder / "model.pth", torch.device("cpu"))
         net, right = run.fit_to_data(net, data), 0
@@ -87,7 +90,7 @@ def read_runs(folders, data_dir, config):
                 right += (yardstick.views(logits, x).argmax(1) == labels).sum().item()
         viewed.append(right / len(data["test_y"]))
     (count,) = images  # of all the same
-    row = {"train_images": count, "seeds": len(plain)}
+    row = {"train_images": count, "seeds": len(plain), "run_commits": commits}
     for name, found in (("test_accuracy", plain), ("test_accuracy_views", viewed)):
         row |= {name: statistics.fmean(found), f"{name}_each": found}
         print(f"{name:20} {row[name]:.4f} of {', '.join(f'{x:.4f}' for x in found)}")
@@ -102,9 +105,7 @@ def main():
     args, flags = parser.parse_known_args()
     device, dtype = set_up("cpu")
     data = random_data()
-    load_data = run.load_data
     config, steps = our_steps(flags, data)
-    run.load_data = load_data
     found = {"train_images": 45_000}
     if args.runs:
         found = read_runs(args.runs, args.data_dir, config)
