@@ -286,12 +286,18 @@ class Fast(nn.Module):
 
     Unlike there, its first layer is +-1 (see hadamard_stem), and batch norm stands after the last
     layer too, as in the BinaryConnect paper: it gives +-1 weights logits of the right scale.
+
+    saturation: by how much a pixel's colours are set apart from their mean before all else, 1 as
+    they are. They differ far less from each other than in brightness, and +-1 weights cannot tell
+    the one from the other.
     """
 
-    def __init__(self, classes=10, width=1.0, act=F.gelu):
+    def __init__(self, classes=10, width=1.0, act=F.gelu, saturation=1.0):
         super().__init__()
         stem, *channels = scaled((32, 64, 64, 256, 256, 256, 256), width)
-        self.act = activation(act)
+        if not isinstance(saturation, (int, float)):
+            raise ValueError(f"saturation {saturation}: not a number")
+        self.act, self.saturation = activation(act), saturation
         self.stem = nn.Conv2d(3, stem, 2, bias=False)
         self.stem_norm = nn.BatchNorm2d(stem)
         self.convs, self.norms = conv_norms(channels, stem)
@@ -302,6 +308,9 @@ class Fast(nn.Module):
             self.linear_norm.weight.fill_(1.5)
 
     def forward(self, x):
+        if self.saturation != 1:
+            grey = x.mean(1, keepdim=True)
+            x = grey + self.saturation * (x - grey)
         x = self.act(self.stem_norm(self.stem(x)))
         for i, (layer, norm) in enumerate(zip(self.convs, self.norms)):
             x = layer(x)
@@ -311,9 +320,9 @@ class Fast(nn.Module):
         return self.linear_norm(self.linear(x.amax((2, 3))))
 
 
-def fast(classes=10, width=1.0, act=F.gelu):
+def fast(classes=10, width=1.0, act=F.gelu, saturation=1.0):
     """The default network of run.py: 2.0 M weights in 8 layers, 0.1 G multiply-accumulates."""
-    return Fast(classes, width, act)
+    return Fast(classes, width, act, saturation)
 
 
 def mobilenetv2(classes=10, width=1.0, act=F.relu6):

@@ -94,6 +94,7 @@ class Config:
     frozen: tuple = ()  # the names of parameters that are not trained
     latents: str = "model"  # where weights begin: as the model has them, or "uniform" in [-1, 1]
     act: str | None = None  # None: the model's own activation
+    saturation: float | None = None  # of the images' colours, as Fast has it
     w_bits: str | None = None  # see spread_bits
     a_bits: str | None = None
     prune: float = 0.0
@@ -129,6 +130,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
         "optimizer": "muon",
         "smoothing": 0.2,
         "crop": 3,
+        "saturation": 5.0,
         "frozen": ("stem.weight",),
         "norm_images": 5000,
     },
@@ -757,6 +759,9 @@ def default_width(name):
     return width.default
 
 
+HYPERPARAM = ("classes", "width", "act", "saturation")  # given to constructors that take them
+
+
 def build_model(config, name, saved=None):
     """The network of a configuration, initialised by its seed: (model, hyperparam).
 
@@ -767,7 +772,7 @@ def build_model(config, name, saved=None):
     takes = inspect.signature(build).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     hyperparam = {}
-    for key in ("classes", "width", "act"):
+    for key in HYPERPARAM:
         value = getattr(config, key)
         if value is not None and (key in takes or takes_all):
             hyperparam[key] = value
@@ -825,7 +830,7 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if beside and name not in models.MODELS:  # the file chose the NAME, and what it is called with
         own = inspect.unwrap(build).__module__ == Path(name.rpartition(":")[0]).stem
         passed = content.get("hyperparam") or {}
-        if not own or not isinstance(passed, dict) or passed.keys() - {"classes", "width", "act"}:
+        if not own or not isinstance(passed, dict) or passed.keys() - set(HYPERPARAM):
             raise ValueError(f"{path}: its network, {name}, is none that is defined in that file")
     if "hyperparam" not in content:
         build = partial(build, **hyperparam)
@@ -1098,7 +1103,8 @@ def prepare_job(config, source, world=World(), saved=None):
     if source.teacher:
         teacher = load_network(source.teacher, device, fp32=True, beside=source.model)
     if source.init and not saved:
-        bcq.read_checkpoint(source.init)  # what is wrong with it is found before the data are read
+        begun = bcq.read_checkpoint(source.init)  # faults are found before the data are read
+        config = keep_saturation(config, begun.get("hyperparam"))
     with first_process_first(world):
         data = load_data(source.dataset, source.data_dir, config.classes)
     config = complete(config, data, device)
@@ -1215,6 +1221,13 @@ def keep_zeros(config):
         why = "is pruned, and they would bring its zeros back"
         raise ValueError(f"--real-epochs {config.real_epochs}: {config.init} {why}")
     return replace(config, real_epochs=0)
+
+
+def keep_saturation(config, hyperparam):
+    """The configuration of a start from a network: with the saturation that its file says it had."""
+    if config.saturation is None or not isinstance(hyperparam, dict):
+        return config
+    return replace(config, saturation=hyperparam.get("saturation", 1.0))
 
 
 def add_preparation(data, config, saved, init, teacher):

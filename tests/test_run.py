@@ -372,6 +372,17 @@ def test_training_starts_from_the_weights_in_a_file(recipe, fp32_run):
         assert torch.equal(tensor, net[name])
 
 
+def test_training_from_a_file_keeps_the_saturation_that_its_network_had(fp32_run, tmp_path):
+    content = bcq.read_checkpoint(fp32_run / "model.pth")
+    assert content["hyperparam"]["saturation"] == 5.0 == run.PRESETS["fast"]["saturation"]
+    before = {"classes": 10, "width": 0.125}  # as files had it before there was a saturation
+    path = rewritten(fp32_run, tmp_path / "before.pth", hyperparam=before)
+    job = job_of("--mode", "lsq", "--init", path)
+    assert job.model.saturation == job.config.saturation == 1.0
+    job = job_of("--mode", "lsq", "--init", rewritten(fp32_run, tmp_path / "now.pth"))
+    assert job.model.saturation == job.config.saturation == 5.0
+
+
 def test_the_papers_latent_weights_start_uniform_in_minus_1_to_1_without_a_file(monkeypatch):
     monkeypatch.setattr(run, "fit_zca", lambda x: (torch.zeros(3072), torch.eye(3072)))
     begun = run.initial_state(job_of("--paper", "--model", "fast"))["params"]["convs.0.weight"]

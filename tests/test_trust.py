@@ -719,6 +719,14 @@ def test_an_activation_that_is_none_is_refused(act, bc_run):
         run.load_network(path, "cpu")
 
 
+@pytest.mark.parametrize("saturation", ["5", [1.0], None])
+def test_a_saturation_that_is_no_number_is_refused(saturation, bc_run):
+    hyperparam = {"classes": 10, "width": 0.125, "saturation": saturation}
+    path = resealed(bc_run, "model.pth", hyperparam=hyperparam)
+    with pytest.raises(ValueError, match="saturation .*: not a number"):
+        run.load_network(path, "cpu")
+
+
 def test_tensors_and_dicts_whose_methods_are_replaced_are_refused():
     w = torch.zeros(3)
     w.numel = 5
