@@ -778,15 +778,16 @@ def newton_schulz(g, steps=5, dtype=torch.bfloat16):
     return x.to(g.dtype)
 
 
-def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
+def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16, renorm=False):
     """Muon: SGD with momentum whose update is orthogonalized; convolutions as (out, in * k * k).
 
     Why: a gradient has a few large singular values, so that SGD moves all outputs along a few
     directions of the input. With all singular values near 1, each direction moves as far as any
     other. In front of batch norm the scale of a weight does not matter, only its direction, which
-    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). init raises ValueError
-    for a tensor of fewer than 2 dimensions (give those to another, by partition). Source: Jordan et
-    al. 2024.
+    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). renorm: with each update
+    a weight is brought back to the norm sqrt(rows). Else it grows, and the same update turns it
+    less and less. init raises ValueError for a tensor of fewer than 2 dimensions (give those to
+    another, by partition). Source: Jordan et al. 2024.
     """
 
     def init(params):
@@ -806,6 +807,9 @@ def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16):
             rows, columns = matrix.shape
             scale = max(1, rows / columns) ** 0.5
             updates[name] = (-lr * scale * matrix).view_as(g)
+            if renorm:
+                growth = (params[name].norm() / rows**0.5).clamp(min=1e-7)
+                updates[name] = updates[name] + (1 / growth - 1) * params[name]
         return updates, velocities
 
     return Optimizer(init, update)

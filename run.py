@@ -101,12 +101,13 @@ class Config:
 
     optimizer: str = "sgd"
     schedule: str = "linear"
-    lr: float = 0.0  # of this and the next six: see OPTIMIZERS
+    lr: float = 0.0  # of this and the next seven: see OPTIMIZERS
     lr_end: float = 0.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     rest_lr: float = 1.0
     bias_lr: float = 1.0
+    renorm: bool = False  # Muon brings each weight back to its norm
     rest_momentum: float = 0.0
     step_lr: float = 0.02  # of LSQ's step sizes, as a share of them
 
@@ -120,6 +121,7 @@ OPTIMIZERS = {
         "momentum": 0.4,
         "rest_lr": 5.0,  # times lr: of parameters that are no matrices
         "bias_lr": 20.0,  # likewise, of biases among them
+        "renorm": False,
         "rest_momentum": 0.85,
     },
 }
@@ -135,6 +137,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
         "norm_images": 5000,
     },
     "low-bit": {"weight_decay": 0.0},
+    "fast fp32": {"epochs": 8, "crop": 2, "renorm": True, "bias_lr": 5.0},
     "fast bc": {"epochs": 9, "real_epochs": 3},
     # Latent weights that come near the bound are drawn with clear probabilities.
     "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
@@ -200,7 +203,8 @@ def make_optimizer(config, params, names):
         rates = dict.fromkeys(params, config.rest_lr)
         rates |= {k: config.bias_lr for k in params if k.endswith("bias")}
         rest = bcq.scale_updates(bcq.sgd(config.rest_momentum, nesterov=True), rates)
-        optimizer = bcq.partition(matrices, bcq.muon(config.momentum, dtype=dtype), rest)
+        matrix = bcq.muon(config.momentum, dtype=dtype, renorm=config.renorm)
+        optimizer = bcq.partition(matrices, matrix, rest)
 
     # Learned step sizes have an Adam of their own, in shares of what they began with.
     rates = {k: config.step_lr * w.item() for k, w in params.items() if ":" in k}

@@ -235,6 +235,10 @@ def test_a_checkpoint_that_is_damaged_truncated_or_of_another_model_is_refused(b
     for name in ("flipped.pth", "cut.pth"):
         assert_refused(call("--mode", "eval", "--checkpoint", tmp_path / name), name)
     result = call("--mode", "eval", "--checkpoint", path, "--model", "resnet20")
+    assert_refused(result, "the model does not take the file's hyperparam", "'saturation'")
+    hyperparam = {"classes": 10, "width": 0.125}
+    other = rewritten(bc_run[0], tmp_path / "other.pth", hyperparam=hyperparam)
+    result = call("--mode", "eval", "--checkpoint", other, "--model", "resnet20")
     assert_refused(result, "keys do not fit", "conv.weight", " more")
     assert path.read_bytes() == data
 

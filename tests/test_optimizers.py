@@ -145,6 +145,19 @@ def test_muon_moves_each_layer_as_if_it_were_alone():
         torch.testing.assert_close(updates[k], alone[k], rtol=1e-4, atol=1e-6)
 
 
+def test_renorm_brings_a_weight_back_to_the_norm_sqrt_rows_before_muons_own_update():
+    params = {"conv": 3 * torch.randn(6, 4, 3, 3), "tall": torch.randn(9, 2)}
+    params["zero"] = torch.zeros(3, 3)
+    grads = {name: torch.randn_like(p) for name, p in params.items()}
+    plain, renorm = bcq.muon(), bcq.muon(renorm=True)
+    own, _ = plain.update(grads, plain.init(params), params, 0.1)
+    found, _ = renorm.update(grads, renorm.init(params), params, 0.1)
+    for name, p in params.items():
+        length = p.square().sum().sqrt()
+        begun = p if name == "zero" else p / length * len(p) ** 0.5
+        torch.testing.assert_close(p + found[name], begun + own[name])
+
+
 def test_muon_refuses_vectors():
     with pytest.raises(ValueError, match="bias"):
         bcq.muon().init({"w": torch.randn(4, 4), "bias": torch.randn(4)})

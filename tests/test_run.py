@@ -308,7 +308,7 @@ def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_a
 @pytest.mark.parametrize("name, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_muon_computes_in_the_dtype_of_the_training(name, dtype):
     params = {"w": torch.randn(6, 9)}
-    config = run.Config(**{**run.preset("fp32", "fast")[1], "dtype": name})
+    config = run.Config(**{**run.preset("bc", "fast")[1], "dtype": name})
     updates = []
     for optimizer in (
         run.make_optimizer(config, params, []),
@@ -342,6 +342,7 @@ def test_real_epochs_that_leave_none_with_low_bits_are_refused(tmp_path):
 def test_the_first_epochs_may_be_in_full_precision_and_then_train_as_fp32_does(monkeypatch):
     monkeypatch.setitem(run.PRESETS, "fast", {**run.PRESETS["fast"], "norm_images": 0})
     monkeypatch.setitem(run.PRESETS, "fast bc", {"real_epochs": 1})
+    monkeypatch.setitem(run.PRESETS, "fast fp32", {})
     monkeypatch.setattr(run, "learning_rate", lambda *_: 0.1)  # fp32's falls from the first step on
     job, ordinary = (job_of("--epochs", 2, "--mode", mode) for mode in ("bc", "fp32"))
 
