@@ -698,6 +698,8 @@ def draw_time(records):
     dots = [(1, record, "the yardstick, fp32, 8 epochs") for record in yardsticks(records)]
     for record in trainings_with_work(records):
         label = f"{record['mode']}, {record['epochs']} epochs"
+        if record["width"] != 1:
+            label += f", width {record['width']:g}"
         dots.append((record["work_over_yardstick"], record, label))
     for work, record, label in dots:
         color = "C1"
