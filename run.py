@@ -2407,6 +2407,8 @@ def describe_costs(net):
     result = {"real_layers": len([row for row in layers if row.w_bits > 8])}
     result |= {"w_bits": max(w_bits, key=w_bits.get), "a_bits": max(a_bits, key=a_bits.get)}
     result |= {"macs": sum(row.macs for row in cost), "zeros": sum(row.zeros for row in layers)}
+    bits = sum(row.macs * max(row.w_bits, row.a_bits) for row in cost)
+    result |= {"operations": bits / 32}  # MACs, each of its wider operand's bits over 32
     result |= {"course_score": bcq.course_score(cost), "micronet_score": bcq.micronet_score(cost)}
     return result | {"course_score_zeros_pruned": bcq.course_score(cost, credit_zeros=True)}
 

@@ -83,6 +83,7 @@ def test_conversions_to_integers_are_measured_from_their_files(
     result = read_json(tmp_path / f"model-{name}.json")
     assert result["method"] == name and result["mode"] == "fp32" and result["kind"] == "ptq"
     assert (result["w_bits"], result["a_bits"]) == bits
+    assert result["operations"] == result["macs"] * max(bits) / 32
     assert abs(result["test_accuracy"] - result["fp32_accuracy"]) < 0.02
     assert result["file_bytes"] < result["fp32_file_bytes"] / 2
     file = tmp_path / f"model-{name}.bcq"
