@@ -752,7 +752,7 @@ def apply_mask(method, mask):
 
 # --------------------------------------------------------------------------------------------------
 # 10. Muon, the optimizer of the main preset, and optimizers made of others. The paper needs 500
-#     epochs of Adam; the main preset is as good after nine.
+#     epochs of Adam; the main preset is as good after seven.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -784,9 +784,9 @@ def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16, renorm=Fal
     Why: a gradient has a few large singular values, so that SGD moves all outputs along a few
     directions of the input. With all singular values near 1, each direction moves as far as any
     other. In front of batch norm the scale of a weight does not matter, only its direction, which
-    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). renorm: with each update
-    a weight is brought back to the norm sqrt(rows). Else it grows, and the same update turns it
-    less and less. init raises ValueError for a tensor of fewer than 2 dimensions (give those to
+    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). renorm: with each update,
+    whatever lr, a weight is brought back to the norm sqrt(rows); for float32. Else it grows, and
+    the same update turns it less and less. init raises ValueError for a tensor of fewer than 2 dimensions (give those to
     another, by partition). Source: Jordan et al. 2024.
     """
 
@@ -809,7 +809,7 @@ def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16, renorm=Fal
             updates[name] = (-lr * scale * matrix).view_as(g)
             if renorm:
                 growth = (params[name].norm() / rows**0.5).clamp(min=1e-7)
-                updates[name] = updates[name] + (1 / growth - 1) * params[name]
+                updates[name] = updates[name] + (params[name] / growth - params[name])
         return updates, velocities
 
     return Optimizer(init, update)

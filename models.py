@@ -5,6 +5,8 @@ activation, a function or its name in torch.nn.functional), and maps float image
 normalised, to logits (n, classes). MODELS, at the end, names them all.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -295,8 +297,8 @@ class Fast(nn.Module):
     def __init__(self, classes=10, width=1.0, act=F.gelu, saturation=1.0):
         super().__init__()
         stem, *channels = scaled((32, 64, 64, 256, 256, 256, 256), width)
-        if not isinstance(saturation, (int, float)):
-            raise ValueError(f"saturation {saturation}: not a number")
+        if type(saturation) not in (int, float) or not math.isfinite(saturation):
+            raise ValueError(f"saturation {saturation}: not a finite number")
         self.act, self.saturation = activation(act), saturation
         self.stem = nn.Conv2d(3, stem, 2, bias=False)
         self.stem_norm = nn.BatchNorm2d(stem)

@@ -1228,9 +1228,12 @@ def keep_zeros(config):
 
 
 def keep_saturation(config, hyperparam):
-    """The configuration of a start from a network: with the saturation that its file says it had."""
-    if config.saturation is None or not isinstance(hyperparam, dict):
+    """The configuration of a start from a network: with the saturation that its file says it had,
+    which is 1 where it says none, as for every other mode."""
+    if config.saturation is None:
         return config
+    if not isinstance(hyperparam, dict):
+        return replace(config, saturation=1.0)
     return replace(config, saturation=hyperparam.get("saturation", 1.0))
 
 

@@ -438,7 +438,7 @@ def yardsticks(records):
 def trainings_with_work(records):
     """The finished trainings whose work was timed beside the yardstick's, the last of each."""
     found = latest(records, "work", "mode", "epochs", "real_epochs", "width", "train_images")
-    return [record for record in found if record.get("seeds")]
+    return [record for record in found if record.get("run_commits")]
 
 
 def work_table(records):

@@ -66,14 +66,15 @@ def test_the_first_weights_of_fast_are_signs_that_balance_every_pattern_with_its
 
 
 def test_saturation_sets_the_colours_of_a_pixel_apart_and_keeps_their_mean():
-    model = models.fast(width=0.125, saturation=5.0).eval()
-    plain = models.fast(width=0.125).eval()
+    model = models.fast(width=0.5, saturation=5.0).eval()
+    plain = models.fast(width=0.5).eval()
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     red, green, blue = x.unbind(1)
     grey = (red + green + blue) / 3
     apart = torch.stack([5 * colour - 4 * grey for colour in (red, green, blue)], 1)
     torch.testing.assert_close(model(x), plain(apart), atol=1e-4, rtol=1e-4)
+    assert (model(x) - plain(x)).abs().max() > 1e-2
     faded = grey[:, None].expand(-1, 3, -1, -1)
     torch.testing.assert_close(model(faded), plain(faded), atol=1e-4, rtol=1e-4)
 

@@ -318,6 +318,15 @@ def test_muon_computes_in_the_dtype_of_the_training(name, dtype):
     assert torch.equal(*updates)
 
 
+def test_the_fp32_preset_of_fast_trains_weights_that_keep_their_norm():
+    job = job_of("--mode", "fp32")
+    state, _ = run.make_step(job)(run.initial_state(job), 0.0)
+    for name in job.params.keys() - {"stem.weight"}:
+        w = state["params"][name]
+        if w.ndim > 1:
+            assert w.norm().item() == pytest.approx(len(w) ** 0.5, rel=1e-4)
+
+
 def test_a_flag_that_is_typed_counts_even_with_the_value_of_the_default_or_none():
     args = run.parse_arguments(["--lr", "0", "--model", "fast"])
     assert args.given == {"lr": 0.0, "model": "fast"} and args.model == "fast"
@@ -382,6 +391,24 @@ def test_training_from_a_file_keeps_the_saturation_that_its_network_had(fp32_run
     assert job.model.saturation == job.config.saturation == 1.0
     job = job_of("--mode", "lsq", "--init", rewritten(fp32_run, tmp_path / "now.pth"))
     assert job.model.saturation == job.config.saturation == 5.0
+    torch.save(models.fast(width=0.125).state_dict(), tmp_path / "weights.pth")
+    job = job_of("--mode", "lsq", "--init", tmp_path / "weights.pth")  # as --mode eval reads it
+    assert job.model.saturation == job.config.saturation == 1.0
+
+
+def test_a_packed_network_sees_the_colours_as_the_trained_one_does(tmp_path):
+    # from width 0.25 on there are first patterns that differ from colour to colour
+    words = ["--width", "0.25", "--dataset", "shapes", "--subset", 300, "--val", 50]
+    succeed(*words, "--batch-size", 50, "--epochs", 1, "--out", tmp_path / "run")
+    succeed("--mode", "export", "--checkpoint", tmp_path / "run" / "model.pth")
+    trained, packed = (
+        run.load_network(tmp_path / "run" / name, torch.device("cpu"))
+        for name in ("model.pth", "model.bcq")
+    )
+    x = torch.randn(16, 3, 32, 32)
+    assert torch.equal(trained(x).argmax(1), packed(x).argmax(1))
+    trained.model.saturation = 1.0
+    assert not torch.allclose(trained(x), packed(x), atol=1e-3)
 
 
 def test_the_papers_latent_weights_start_uniform_in_minus_1_to_1_without_a_file(monkeypatch):

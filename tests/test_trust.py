@@ -719,11 +719,11 @@ def test_an_activation_that_is_none_is_refused(act, bc_run):
         run.load_network(path, "cpu")
 
 
-@pytest.mark.parametrize("saturation", ["5", [1.0], None])
+@pytest.mark.parametrize("saturation", ["5", [1.0], None, True, float("inf"), float("nan")])
 def test_a_saturation_that_is_no_number_is_refused(saturation, bc_run):
     hyperparam = {"classes": 10, "width": 0.125, "saturation": saturation}
     path = resealed(bc_run, "model.pth", hyperparam=hyperparam)
-    with pytest.raises(ValueError, match="saturation .*: not a number"):
+    with pytest.raises(ValueError, match="saturation .*: not a finite number"):
         run.load_network(path, "cpu")
 
 

@@ -14,6 +14,7 @@ the record, and that of the same networks with six views of each image averaged 
 import json
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -72,9 +73,10 @@ def read_runs(folders, data_dir, config):
     plain, viewed, images, commits = [], [], set(), []
     for folder in map(Path, folders):
         result = json.loads((folder / "result.json").read_text())
-        for key in ("mode", "model", "epochs", "real_epochs", "batch_size", "lr", "width"):
-            if result["config"][key] != getattr(config, key):
-                raise SystemExit(f"{folder}: its {key} is {result['config'][key]}, not the flags'")
+        for key, value in json.loads(json.dumps(asdict(config))).items():
+            own = result["config"].get(key, getattr(run.Config, key))  # what it was before
+            if own != value and key not in ("typed", "seed", "val"):  # --val: train_images says it
+                raise SystemExit(f"{folder}: its {key} is {own}, not {value} as of the flags")
         images.add(result["train_images"])
         plain.append(result["test_accuracy"])
         commits.append(result["commit"])
