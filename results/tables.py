@@ -706,7 +706,7 @@ def draw_time(records):
         if record.get("mode") == "bc":
             color = "C0"
         seeds = [{"test_accuracy": each} for each in record["test_accuracy_each"]]
-        draw_dot(axes, work, seeds, color, label, (7, 5))
+        draw_dot(axes, work, seeds, color, label, (7, -12))
     axes.set_xlim(0, 1.3 * max(work for work, *_ in dots))
     axes.margins(y=0.2)
     axes.set_xlabel("seconds a step times steps, over the yardstick's on the same machine")
