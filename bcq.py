@@ -784,10 +784,10 @@ def muon(momentum=0.95, nesterov=True, steps=5, dtype=torch.bfloat16, renorm=Fal
     Why: a gradient has a few large singular values, so that SGD moves all outputs along a few
     directions of the input. With all singular values near 1, each direction moves as far as any
     other. In front of batch norm the scale of a weight does not matter, only its direction, which
-    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). renorm: with each update,
-    whatever lr, a weight is brought back to the norm sqrt(rows); for float32. Else it grows, and
-    the same update turns it less and less. init raises ValueError for a tensor of fewer than 2 dimensions (give those to
-    another, by partition). Source: Jordan et al. 2024.
+    is what Muon steers. Updates are scaled by sqrt(max(1, rows / columns)). renorm: with each
+    update, whatever lr, a weight is brought back to the norm sqrt(rows); for float32. Else it
+    grows, and the same update turns it less and less. init raises ValueError for a tensor of fewer
+    than 2 dimensions (give those to another, by partition). Source: Jordan et al. 2024.
     """
 
     def init(params):

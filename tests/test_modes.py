@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -137,7 +138,7 @@ def test_the_packed_file_has_the_accuracy_and_the_predictions_of_the_trained_net
     result, file = read_json(tmp_path / f"model-{mode}.json"), tmp_path / "model.bcq"
     assert result["kind"] == "export" and result["mode"] == mode
     changed = result["predictions_changed"]
-    assert abs(result["test_accuracy"] - trained) <= changed / 400 <= 0.01
+    assert round(400 * abs(result["test_accuracy"] - trained)) <= changed <= 4
     assert f"{changed} of 400 predictions differ" in printed
     assert result["file_bytes"] == os.path.getsize(file)
     assert result["shrink"] == result["fp32_file_bytes"] / result["file_bytes"] > 1
@@ -176,8 +177,10 @@ def test_score_shows_the_table_both_scores_the_size_and_the_accuracy_in_one_view
     assert f"course {bcq.course_score(cost):.5f}" in printed
     assert f"MicroNet {bcq.micronet_score(cost):.5f}" in printed
     assert f"{path.stat().st_size:,} bytes" in printed
-    accuracy = bcq.read_checkpoint(path)["accuracies"]["test_accuracy"]
-    assert f"test       accuracy {accuracy:.4f}" in printed
+    # of the packed network, whose rounding may put an image of 400 in another class
+    trained = bcq.read_checkpoint(path)["accuracies"]["test_accuracy"]
+    packed = float(re.search("test       accuracy ([.0-9]+)", printed)[1])
+    assert abs(packed - trained) <= (1.1 / 400 if net.meta["mode"] == "lsq" else 1e-9)
 
 
 def test_layers_in_full_precision_are_counted_from_the_tensors_and_not_taken_on_trust(
