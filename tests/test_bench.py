@@ -40,7 +40,7 @@ def test_the_work_of_a_training_is_timed_beside_the_yardsticks(tmp_path):
     assert result.returncode == 0, result.stderr
     line = json.loads((tmp_path / "record.jsonl").read_text())
     assert line["steps"] == 7 * 90 and line["seconds"].keys() == {"real", "low_bit", "yardstick"}
-    ours = 3 * 90 * line["seconds"]["real"] + 6 * 90 * line["seconds"]["low_bit"]
+    ours = 3 * 90 * line["seconds"]["real"] + 4 * 90 * line["seconds"]["low_bit"]
     theirs = 8 * 25 * line["seconds"]["yardstick"]
     assert line["work_over_yardstick"] == pytest.approx(ours / theirs)
 
