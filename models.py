@@ -312,7 +312,7 @@ class Fast(nn.Module):
     def forward(self, x):
         if self.saturation != 1:
             grey = x.mean(1, keepdim=True)
-            x = grey + self.saturation * (x - grey)
+            x = x + (self.saturation - 1) * (x - grey)  # x first: its memory layout stays
         x = self.act(self.stem_norm(self.stem(x)))
         for i, (layer, norm) in enumerate(zip(self.convs, self.norms)):
             x = layer(x)
