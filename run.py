@@ -139,6 +139,9 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
     "low-bit": {"weight_decay": 0.0},
     "fast fp32": {"epochs": 8, "crop": 2, "renorm": True, "bias_lr": 5.0},
     "fast bc": {"epochs": 7, "real_epochs": 3},
+    "fast bwn": {"epochs": 7, "real_epochs": 3},
+    "fast bwn-he": {"epochs": 7, "real_epochs": 3},
+    "fast ternary": {"epochs": 7, "real_epochs": 3},
     # Latent weights that come near the bound are drawn with clear probabilities.
     "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
     "xnor": {"act": "hardtanh"},
