@@ -146,7 +146,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
     "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
     "xnor": {"act": "hardtanh"},
     "lsq": {"w_bits": "4", "a_bits": "4"},
-    "fast lsq": {"lr": 0.05, "frozen": ()},
+    "fast lsq": {"epochs": 7, "lr": 0.05, "frozen": ()},
     "paper": {
         "epochs": 500,
         "batch_size": 50,
