@@ -2319,8 +2319,9 @@ def convert(args):
         raise ValueError(f"{path}: would be written over itself; give another --out")
 
     folder.mkdir(parents=True, exist_ok=True)
-    kept = ["names", "mode", "dataset", "config", "classes", "train_images", "bits", "grids"]
-    kept += ["steps", *PREPARED]
+    kept = ["names", "mode", "dataset", "config", "classes", "train_images", "bits", *PREPARED]
+    if path.suffix == ".pth":  # a packed network has these in its layers
+        kept += ["grids", "steps"]
     meta = {key: net.meta[key] for key in kept if key in net.meta}
     meta |= {"hyperparam": net.meta.get("hyperparam")}
     if path.suffix == ".bcq":

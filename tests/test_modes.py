@@ -146,6 +146,15 @@ def test_the_packed_file_has_the_accuracy_and_the_predictions_of_the_trained_net
     succeed("--mode", "eval", "--checkpoint", file, "--expect", result["test_accuracy"])
 
 
+def test_a_packed_file_holds_no_weight_and_no_step_size_beside_its_layers(method_run, tmp_path):
+    _, folder = method_run
+    succeed("--mode", "export", "--checkpoint", folder / "model.pth", "--out", tmp_path)
+    content = bcq.read_checkpoint(tmp_path / "model.bcq")
+    assert content.keys().isdisjoint(("latent", "steps", "grids", "masks"))
+    size = sum(part.nbytes for part in content["net"].values())
+    assert os.path.getsize(tmp_path / "model.bcq") < size + 6000
+
+
 def test_a_packed_file_is_not_packed_again_nor_one_to_train_from(tmp_path):
     packed = WRITTEN_BEFORE / "bc.bcq"
     assert_refused(call("--mode", "export", "--checkpoint", packed), "is packed already")
