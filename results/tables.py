@@ -483,7 +483,7 @@ def best_scores(records):
             [
                 f"{record['mode']}, `{record['model']}` of width {record['width']}",
                 f"{100 * record['test_accuracy']:.2f}",
-                epochs_of(record, records),
+                f"{record['train_images']:,}",
                 f"{record['w_bits']}, {record['a_bits']}",
                 f"{record['file_bytes']:,}",
                 f"{record['course_score']:.5f}",
@@ -491,7 +491,7 @@ def best_scores(records):
                 f"{record['micronet_score']:.5f}",
             ]
         )
-    head = ["network", "test accuracy, %", "epochs", "bits of weights, inputs", "file, bytes"]
+    head = ["network", "test accuracy, %", "images", "usual bits of weights, inputs", "file, bytes"]
     head += ["course score", "if zeros count as pruned", "MicroNet score"]
     return table(head, rows)
 
@@ -716,11 +716,11 @@ def draw_time(records):
 # --------------------------------------------------------------------------------------------------
 
 
-def rewrite(path, sections):
-    """Puts lines between the marks of a Markdown file: sections {mark: lines}."""
+def rewrite(path, sections, script="tables.py"):
+    """Puts lines between the marks of a Markdown file, of the script: sections {mark: lines}."""
     text = path.read_text()
     for mark, lines in sections.items():
-        start = f"<!-- {mark}: made by python results/tables.py, do not edit -->"
+        start = f"<!-- {mark}: made by python results/{script}, do not edit -->"
         end = f"<!-- end of {mark} -->"
         before, rest = text.split(start)
         after = rest.split(end)[1]

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import TOP, WRITTEN_BEFORE, Small, batch, binary, same, with_statistics
+from helpers import WRITTEN_BEFORE, Small, batch, binary, same, with_statistics
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -330,7 +330,7 @@ ANSWERS = json.loads((WRITTEN_BEFORE / "answers.json").read_text())
 
 def load_written_before(name):
     """A network in a file of before: the model, its params, buffers, meta and forward."""
-    path = TOP / name if name.startswith("results/") else WRITTEN_BEFORE / name
+    path = WRITTEN_BEFORE / name
     if name.endswith(".bcq"):
         return *bcq.load_packed(path, models.fast), bcq.apply
     model, params, buffers, meta = bcq.load_checkpoint(path, models.fast)

@@ -1,0 +1,211 @@
+"""Makes the tables and pictures of tradeoff.md: accuracy against the size of a file and operations.
+
+    python results/tradeoff.py
+
+Networks are those in deployed files (run.py --mode export and ptq, whose results tables.py has
+gathered), trained on all training images but those held out. Published ones stand beside them.
+"""
+
+import statistics
+from typing import NamedTuple
+
+from matplotlib.transforms import Bbox
+from tables import HERE, RECORDS, mean_and_deviation, plt, read_lines, rewrite, table
+
+# name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
+PUBLISHED = {
+    "cifar10": [
+        ("BinaryConnect", 90.10, 14.03e6, 617.0e6, 1, 32),
+        ("IR-Net, resnet20", 90.8, 0.27e6, 40.6e6, 1, 32),
+        ("ReSTE, resnet20", 91.32, 0.27e6, 40.6e6, 1, 32),
+        ("APoT W4A4, resnet20", 92.45, 0.27e6, 40.6e6, 4, 4),
+        ("APoT W2A2, resnet20", 90.96, 0.27e6, 40.6e6, 2, 2),
+        ("W1A1, resnet20", 88.1, 0.27e6, 40.6e6, 1, 1),
+        ("LSQ W4A4, VGG-small", 94.26, 4.66e6, 607.6e6, 4, 4),
+        ("LSQ W2A2, VGG-small", 93.42, 4.66e6, 607.6e6, 2, 2),
+        ("AdaSTE, resnet18", 94.1, 11.17e6, 555.4e6, 1, 32),
+        ("W1A1, resnet18", 93.75, 11.17e6, 555.4e6, 1, 1),
+        ("W1, WRN-20-4", 94.66, 4.30e6, 619.1e6, 1, 32),
+    ],
+    "cifar100": [
+        ("W1, resnet18", 72.2, 11.22e6, 555.5e6, 1, 32),
+        ("W1A1, resnet18", 71.2, 11.22e6, 555.5e6, 1, 1),
+        ("W1, WRN-20-4", 76.26, 4.32e6, 619.1e6, 1, 32),
+    ],
+}
+NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+# where a name may stand, in points right of and above its dot; the first that is free is taken
+PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
+PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15)]
+AXES = {"size": "file, kB", "operations": "operations, millions of 32 bits"}
+
+
+class Point(NamedTuple):
+    """A network as trained with one seed or several: accuracies in percent, one a seed."""
+
+    name: str
+    accuracies: list
+    size: float  # kB
+    operations: float  # millions of multiply-accumulates, each of the wider operand's bits over 32
+    records: list
+
+    def accuracy(self):
+        return statistics.fmean(self.accuracies)
+
+
+def short_name(record):
+    """The method, with its bits, and the network where it is not `fast` as it is."""
+    name = record["method"]
+    if name == "lsq":
+        name = f"W{record['w_bits']}A{record['a_bits']}"
+        if "=" in str(record["config"]["w_bits"]):
+            name += " by layer"
+    if record["model"] != "fast":
+        name += f" {record['model']}"
+    if record["width"] not in (None, 1):
+        name += f" x{record['width']:g}"
+    if record["train_images"] == 50_000:
+        name += ", all images"
+    return name
+
+
+def our_points(records, dataset):
+    """The deployed networks of a data set: the longest training of each name, a seed once."""
+    groups = {}
+    for record in records:
+        whole = record.get("dataset") == dataset and record.get("train_images", 0) >= 45_000
+        if record["kind"] in ("export", "ptq") and whole and "operations" in record:
+            group = groups.setdefault((short_name(record), record["epochs"]), {})
+            group[record["seed"]] = record
+    longest = {}
+    for (name, _), group in sorted(groups.items()):  # of more epochs last
+        longest[name] = list(group.values())
+    points = []
+    for name, own in longest.items():
+        accuracies = [100 * record["test_accuracy"] for record in own]
+        first = own[0]
+        size, operations = first["file_bytes"] / 1e3, first["operations"] / 1e6
+        points.append(Point(name, accuracies, size, operations, own))
+    return points
+
+
+def published_points(dataset):
+    """The published networks of a data set; their size is that of their weights alone."""
+    points = []
+    for name, accuracy, weights, macs, w_bits, a_bits in PUBLISHED[dataset]:
+        operations = macs * max(w_bits, a_bits) / 32 / 1e6
+        points.append(Point(name, [accuracy], weights * w_bits / 8 / 1e3, operations, []))
+    return points
+
+
+def front(points, key):
+    """The points that no other beats in accuracy at no more of the key, by their cost."""
+    best, chosen = 0, []
+    for point in sorted(points, key=lambda point: (getattr(point, key), -point.accuracy())):
+        if point.accuracy() > best:
+            best = point.accuracy()
+            chosen.append(point)
+    return chosen
+
+
+def dots(axes, points, key):
+    """The boxes that the dots of points cover, in pixels."""
+    boxes = []
+    for point in points:
+        x, y = axes.transData.transform((getattr(point, key), point.accuracy()))
+        boxes.append(Bbox([[x - 4, y - 4], [x + 4, y + 4]]))
+    return boxes
+
+
+def write_labels(axes, points, key, color, boxes):
+    """The name of each point beside it, where it covers none of the boxes; its own is added."""
+    for point in sorted(points, key=Point.accuracy, reverse=True):
+        place = (getattr(point, key), point.accuracy())
+        for right, up in PLACES:
+            words = {"textcoords": "offset points", "fontsize": 8, "color": color, "va": "center"}
+            words["ha"] = "center"
+            if right:
+                words["ha"] = "left" if right > 0 else "right"
+            label = axes.annotate(point.name, place, xytext=(right, up), **words)
+            box = label.get_window_extent()
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in boxes):
+                break
+            label.remove()
+        else:
+            print(f"no room for the name of {point.name}")
+            continue
+        boxes.append(box)
+
+
+def draw(ours, dataset):
+    """Accuracy against both costs: ours in colour, with the Pareto front, the published in grey."""
+    others = published_points(dataset)
+    figure, both = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    for axes, key in zip(both, AXES):
+        for points, color in ((others, "0.6"), (ours, "C0")):
+            places = [(getattr(point, key), point.accuracy()) for point in points]
+            axes.plot(*zip(*places), "o", color=color, markersize=5)
+        steps = [(getattr(point, key), point.accuracy()) for point in front(ours, key)]
+        axes.plot(*zip(*steps), drawstyle="steps-post", color="C0", linewidth=1, alpha=0.6)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(AXES[key])
+        axes.margins(x=0.15, y=0.08)
+        axes.grid(alpha=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    both[0].set_ylabel(f"test accuracy on {NAMES[dataset]}, %")
+    figure.canvas.draw()  # where the dots are is known from here on
+    for axes, key in zip(both, AXES):
+        boxes = dots(axes, ours + others, key)
+        write_labels(axes, ours, key, "C0", boxes)
+        write_labels(axes, others, key, "0.5", boxes)
+    figure.savefig(HERE / f"tradeoff-{dataset}.png", dpi=130)
+    plt.close(figure)
+
+
+def training_of(record, records):
+    """The command of the training whose network a record is of, or "" where it is not recorded."""
+    for other in records:
+        if other["kind"] == "train" and other.get("config") == record["config"]:
+            return f"`{other['command']}`"
+    return ""
+
+
+def points_table(points, records):
+    """The points of a picture, the most accurate first."""
+    rows = []
+    for point in sorted(points, key=Point.accuracy, reverse=True):
+        first = point.records[0]
+        rows.append(
+            [
+                point.name,
+                mean_and_deviation(point.accuracies, "{:.2f}"),
+                str(len(point.accuracies)),
+                str(first["epochs"]),
+                f"{first['train_images']:,}",
+                f"{point.size:,.0f}",
+                f"{point.operations:,.1f}",
+                f"{first['course_score']:.4f}",
+                training_of(first, records),
+            ]
+        )
+    head = ["network", "test accuracy, %", "seeds", "epochs", "images", "file, kB"]
+    head += ["operations, millions", "course score", "trained by"]
+    return table(head, rows)
+
+
+def main():
+    """Rewrites the tables and draws the pictures."""
+    records = read_lines(RECORDS)
+    sections = {}
+    for dataset, name in NAMES.items():
+        points = our_points(records, dataset)
+        if points:
+            sections[name] = points_table(points, records)
+            draw(points, dataset)
+    rewrite(HERE / "tradeoff.md", sections, "tradeoff.py")
+
+
+if __name__ == "__main__":
+    main()
