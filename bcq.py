@@ -1715,12 +1715,14 @@ def load_packed(path, build):
     content = read_checkpoint(path)
     if "packed" not in content:
         raise ValueError(f"{path}: not a packed network")
+    if not isinstance(content.get("net"), dict):
+        raise ValueError(f"{path}: its net is no dict of tensors")
     try:
         stored = unpack_blob(content["packed"], content["net"]["blob"])
     except (
         ArithmeticError,
         AttributeError,
-        KeyError,
+        LookupError,
         RuntimeError,
         TypeError,
         ValueError,

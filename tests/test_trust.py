@@ -19,7 +19,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DRAW_REPORT, TINY, TOP, Small, assert_refused, call, image_tree, same, succeed
+from helpers import (
+    DRAW_REPORT,
+    TINY,
+    TOP,
+    WRITTEN_BEFORE,
+    Small,
+    assert_refused,
+    call,
+    image_tree,
+    same,
+    succeed,
+)
 from test_integers import convolution_in_int64
 from test_resume import outcome
 
@@ -710,6 +721,26 @@ def test_an_entry_that_cannot_be_of_the_network_is_named(key, value, bc_run):
     path = resealed(bc_run, "model.pth", **{key: value})
     with pytest.raises(ValueError, match=f"m.pth: its ({key}|steps) are not"):
         run.load_network(path, "cpu")
+
+
+WRONG_NETS = [
+    torch.zeros(3),
+    torch.tensor(1),
+    [],
+    None,
+    {"blob": torch.tensor(1)},
+    {"blob": []},
+    {},
+]
+
+
+@pytest.mark.parametrize("net", WRONG_NETS)
+def test_a_packed_file_without_its_bits_is_refused(net, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = bcq.read_checkpoint(WRITTEN_BEFORE / "bc.bcq")
+    seal(Path("m.bcq"), {**content, "net": net})
+    with pytest.raises(ValueError, match="m.bcq: its (net|index)"):
+        run.load_network(Path("m.bcq"), "cpu")
 
 
 @pytest.mark.parametrize("act", ["__name__", "conv2d", 3])
