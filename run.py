@@ -2320,8 +2320,8 @@ def convert(args):
 
     folder.mkdir(parents=True, exist_ok=True)
     kept = ["names", "mode", "dataset", "config", "classes", "train_images", "bits", *PREPARED]
-    if path.suffix == ".pth":  # a packed network has these in its layers
-        kept += ["grids", "steps"]
+    if path.suffix != ".bcq":
+        kept += ["grids", "steps"]  # a packed network has them in its layers
     meta = {key: net.meta[key] for key in kept if key in net.meta}
     meta |= {"hyperparam": net.meta.get("hyperparam")}
     if path.suffix == ".bcq":

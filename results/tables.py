@@ -358,7 +358,7 @@ def other_machines_table(records):
     """Deployed networks that were trained or measured elsewhere than on MACHINE."""
     networks = {}
     for record in records:
-        whole = record.get("dataset") == "cifar10" and record.get("train_images") == 45_000
+        whole = record.get("dataset") == "cifar10" and record.get("train_images", 0) >= 45_000
         if record["kind"] not in ("export", "ptq") or not whole:
             continue
         if record["device_name"] != MACHINE:
@@ -366,12 +366,13 @@ def other_machines_table(records):
             if name == "lsq":
                 name += f" W{record['w_bits']}A{record['a_bits']}"
             name += f", `{record['model']}` of width {record['width']}, seed {record['seed']}"
-            networks[name, record["device_name"], record["date"]] = record
+            networks[name, record["epochs"], record["device_name"], record["commit"]] = record
     rows = []
-    for (name, machine, _), record in networks.items():
+    for (name, epochs, machine, _), record in networks.items():
         rows.append(
             [
                 f"{name}, {machine}",
+                str(epochs),
                 f"{100 * record['fp32_accuracy']:.2f}",
                 f"{100 * record['test_accuracy']:.2f}",
                 str(record["predictions_changed"]),
@@ -382,7 +383,14 @@ def other_machines_table(records):
                 record["commit"],
             ]
         )
-    head = ["network", "test accuracy before, %", "after, %", "predictions changed", "file, kB"]
+    head = [
+        "network",
+        "epochs",
+        "test accuracy before, %",
+        "after, %",
+        "predictions changed",
+        "file, kB",
+    ]
     head += ["course score", "1 and 256 images, ms", "before", "commit"]
     return table(head, rows)
 
@@ -475,15 +483,18 @@ def best_scores(records):
             continue
         whole = record["dataset"] == "cifar10" and record["classes"] == 10
         if whole and record["test_accuracy"] >= 0.9:
-            bits = (record["w_bits"], record["a_bits"])
+            bits = (record["w_bits"], record["a_bits"], str(setting(record, "w_bits")))
             networks[record["mode"], record["model"], record["width"], bits] = record
     rows = []
     for record in sorted(networks.values(), key=itemgetter("course_score"))[:3]:
+        epochs = epochs_of(record, records)
+        if "=" in str(setting(record, "w_bits")):
+            epochs = "below"
         rows.append(
             [
                 f"{record['mode']}, `{record['model']}` of width {record['width']}",
                 f"{100 * record['test_accuracy']:.2f}",
-                f"{record['train_images']:,}",
+                epochs,
                 f"{record['w_bits']}, {record['a_bits']}",
                 f"{record['file_bytes']:,}",
                 f"{record['course_score']:.5f}",
@@ -491,7 +502,7 @@ def best_scores(records):
                 f"{record['micronet_score']:.5f}",
             ]
         )
-    head = ["network", "test accuracy, %", "images", "usual bits of weights, inputs", "file, bytes"]
+    head = ["network", "test accuracy, %", "epochs", "usual bits of weights, inputs", "file, bytes"]
     head += ["course score", "if zeros count as pruned", "MicroNet score"]
     return table(head, rows)
 

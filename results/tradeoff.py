@@ -15,29 +15,32 @@ from tables import HERE, RECORDS, mean_and_deviation, plt, read_lines, rewrite, 
 # name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
 PUBLISHED = {
     "cifar10": [
-        ("BinaryConnect", 90.10, 14.03e6, 617.0e6, 1, 32),
-        ("IR-Net, resnet20", 90.8, 0.27e6, 40.6e6, 1, 32),
-        ("ReSTE, resnet20", 91.32, 0.27e6, 40.6e6, 1, 32),
-        ("APoT W4A4, resnet20", 92.45, 0.27e6, 40.6e6, 4, 4),
+        ("BinaryConnect", 90.10, 14.03e6, 617.0e6, 1, 32),  # arXiv:1511.00363
+        ("IR-Net, resnet20", 90.8, 0.27e6, 40.6e6, 1, 32),  # arXiv:1909.10788
+        ("ReSTE, resnet20", 91.32, 0.27e6, 40.6e6, 1, 32),  # arXiv:2308.06689
+        ("APoT W4A4, resnet20", 92.45, 0.27e6, 40.6e6, 4, 4),  # arXiv:1909.13144
         ("APoT W2A2, resnet20", 90.96, 0.27e6, 40.6e6, 2, 2),
         ("W1A1, resnet20", 88.1, 0.27e6, 40.6e6, 1, 1),
         ("LSQ W4A4, VGG-small", 94.26, 4.66e6, 607.6e6, 4, 4),
         ("LSQ W2A2, VGG-small", 93.42, 4.66e6, 607.6e6, 2, 2),
-        ("AdaSTE, resnet18", 94.1, 11.17e6, 555.4e6, 1, 32),
+        ("AdaSTE, resnet18", 94.1, 11.17e6, 555.4e6, 1, 32),  # arXiv:2112.02880
         ("W1A1, resnet18", 93.75, 11.17e6, 555.4e6, 1, 1),
-        ("W1, WRN-20-4", 94.66, 4.30e6, 619.1e6, 1, 32),
+        ("W1, WRN-20-4", 94.66, 4.30e6, 619.1e6, 1, 32),  # arXiv:1802.08530
     ],
     "cifar100": [
         ("W1, resnet18", 72.2, 11.22e6, 555.5e6, 1, 32),
         ("W1A1, resnet18", 71.2, 11.22e6, 555.5e6, 1, 1),
-        ("W1, WRN-20-4", 76.26, 4.32e6, 619.1e6, 1, 32),
+        ("W1, WRN-20-4", 76.26, 4.32e6, 619.1e6, 1, 32),  # arXiv:1802.08530
     ],
 }
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 # where a name may stand, in points right of and above its dot; the first that is free is taken
 PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
 PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15)]
-AXES = {"size": "file, kB", "operations": "operations, millions of 32 bits"}
+AXES = {
+    "size": "file, kB",
+    "operations": "operations: multiply-accumulates x bits of the wider operand / 32, millions",
+}
 
 
 class Point(NamedTuple):
@@ -64,8 +67,6 @@ def short_name(record):
         name += f" {record['model']}"
     if record["width"] not in (None, 1):
         name += f" x{record['width']:g}"
-    if record["train_images"] == 50_000:
-        name += ", all images"
     return name
 
 
@@ -123,6 +124,7 @@ def write_labels(axes, points, key, color, boxes):
         place = (getattr(point, key), point.accuracy())
         for right, up in PLACES:
             words = {"textcoords": "offset points", "fontsize": 8, "color": color, "va": "center"}
+            words["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
             words["ha"] = "center"
             if right:
                 words["ha"] = "left" if right > 0 else "right"
@@ -143,9 +145,9 @@ def draw(ours, dataset):
     others = published_points(dataset)
     figure, both = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
     for axes, key in zip(both, AXES):
-        for points, color in ((others, "0.6"), (ours, "C0")):
+        for points, color, label in ((others, "0.6", "published"), (ours, "C0", "here")):
             places = [(getattr(point, key), point.accuracy()) for point in points]
-            axes.plot(*zip(*places), "o", color=color, markersize=5)
+            axes.plot(*zip(*places), "o", color=color, markersize=5, label=label)
         steps = [(getattr(point, key), point.accuracy()) for point in front(ours, key)]
         axes.plot(*zip(*steps), drawstyle="steps-post", color="C0", linewidth=1, alpha=0.6)
         axes.set_xscale("log")
@@ -154,6 +156,7 @@ def draw(ours, dataset):
         axes.margins(x=0.15, y=0.08)
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
+    both[0].legend(loc="lower right", frameon=False)
     both[0].set_ylabel(f"test accuracy on {NAMES[dataset]}, %")
     figure.canvas.draw()  # where the dots are is known from here on
     for axes, key in zip(both, AXES):
@@ -190,7 +193,14 @@ def points_table(points, records):
                 training_of(first, records),
             ]
         )
-    head = ["network", "test accuracy, %", "seeds", "epochs", "images", "file, kB"]
+    head = [
+        "network",
+        "test accuracy, %",
+        "seeds",
+        "epochs of the last training",
+        "images",
+        "file, kB",
+    ]
     head += ["operations, millions", "course score", "trained by"]
     return table(head, rows)
 

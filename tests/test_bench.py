@@ -69,3 +69,22 @@ def test_the_yardstick_begins_as_it_is_described():
         trainer.step(yardstick.normalize(x[:64]), torch.arange(64) % 10)
     moved = {k for k, v in model.named_parameters() if not torch.equal(v, before[k])}
     assert moved == {k for k, p in model.named_parameters() if p.requires_grad}
+
+
+def deployed(seed, epochs, accuracy, size, operations):
+    row = {"kind": "export", "method": "bc", "model": "fast", "width": 1, "config": {}}
+    row |= {"dataset": "cifar10", "train_images": 45_000, "seed": seed, "epochs": epochs}
+    return {**row, "test_accuracy": accuracy, "file_bytes": size, "operations": operations}
+
+
+def test_the_page_of_both_costs_shows_the_longest_training_and_no_beaten_network_on_the_line():
+    sys.path.insert(0, str(TOP / "results"))
+    import tradeoff
+
+    rows = [deployed(0, 9, 0.91, 2e5, 1e8), deployed(1, 9, 0.93, 2e5, 1e8)]
+    rows += [deployed(0, 7, 0.95, 2e5, 1e8), {**rows[0], "dataset": "cifar100"}]
+    rows += [{**deployed(0, 3, 0.9, 1e6, 1e7), "method": "int8"}]
+    bc, int8 = tradeoff.our_points(rows, "cifar10")
+    assert (bc.name, bc.accuracies, bc.size, bc.operations) == ("bc", [91.0, 93.0], 200, 100)
+    assert tradeoff.front([bc, int8], "size") == [bc]  # int8 is larger, and less accurate
+    assert tradeoff.front([bc, int8], "operations") == [int8, bc]

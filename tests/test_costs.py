@@ -68,7 +68,7 @@ def test_resnet20_scores_what_the_facts_of_the_field_say():
 
 
 def test_the_network_in_results_has_the_bits_and_the_course_score_of_the_readme():
-    path = TOP / "results" / "fast-0.42-w2a2.bcq"
+    path = TOP / "results" / "fast-0.42-mixed.bcq"
     model, packed, buffers, _ = bcq.load_packed(path, models.fast)
     cost = bcq.count_cost(model, packed, buffers)
     layers = [row for row in cost if row.layer.endswith(".weight") and row.macs]

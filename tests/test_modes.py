@@ -151,8 +151,6 @@ def test_a_packed_file_holds_no_weight_and_no_step_size_beside_its_layers(method
     succeed("--mode", "export", "--checkpoint", folder / "model.pth", "--out", tmp_path)
     content = bcq.read_checkpoint(tmp_path / "model.bcq")
     assert content.keys().isdisjoint(("latent", "steps", "grids", "masks"))
-    size = sum(part.nbytes for part in content["net"].values())
-    assert os.path.getsize(tmp_path / "model.bcq") < size + 6000
 
 
 def test_a_packed_file_is_not_packed_again_nor_one_to_train_from(tmp_path):

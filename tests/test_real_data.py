@@ -54,6 +54,6 @@ def test_two_epochs_on_a_tenth_of_cifar10_are_far_above_chance(tmp_path):
 
 
 def test_the_network_in_results_is_right_on_about_nine_of_ten_test_images(data):
-    net = run.load_network(TOP / "results" / "fast-0.42-w2a2.bcq", "cpu")
+    net = run.load_network(TOP / "results" / "fast-0.42-mixed.bcq", "cpu")
     first = {**data, "test_x": data["test_x"][:1000], "test_y": data["test_y"][:1000]}
     assert 0.87 < run.test_network(net, first)["accuracy"] < 0.94
