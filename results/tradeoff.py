@@ -7,10 +7,14 @@ gathered), trained on all training images but those held out. Published ones sta
 """
 
 import statistics
+import sys
 from typing import NamedTuple
 
 from matplotlib.transforms import Bbox
-from tables import HERE, RECORDS, mean_and_deviation, plt, read_lines, rewrite, table
+from tables import HERE, RECORDS, machines, mean_and_deviation, plt, read_lines, rewrite, table
+
+sys.path.insert(0, str(HERE.parent))
+import run  # noqa: E402
 
 # name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
 PUBLISHED = {
@@ -99,21 +103,15 @@ def published_points(dataset):
     return points
 
 
-def front(points, key):
-    """The points that no other beats in accuracy at no more of the key, by their cost."""
-    best, chosen = 0, []
-    for point in sorted(points, key=lambda point: (getattr(point, key), -point.accuracy())):
-        if point.accuracy() > best:
-            best = point.accuracy()
-            chosen.append(point)
-    return chosen
+def places(points, key):
+    """Where the dots of points stand: (cost, accuracy) of each."""
+    return [(getattr(point, key), point.accuracy()) for point in points]
 
 
 def dots(axes, points, key):
     """The boxes that the dots of points cover, in pixels."""
     boxes = []
-    for point in points:
-        x, y = axes.transData.transform((getattr(point, key), point.accuracy()))
+    for x, y in axes.transData.transform(places(points, key)):
         boxes.append(Bbox([[x - 4, y - 4], [x + 4, y + 4]]))
     return boxes
 
@@ -146,10 +144,9 @@ def draw(ours, dataset):
     figure, both = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
     for axes, key in zip(both, AXES):
         for points, color, label in ((others, "0.6", "published"), (ours, "C0", "here")):
-            places = [(getattr(point, key), point.accuracy()) for point in points]
-            axes.plot(*zip(*places), "o", color=color, markersize=5, label=label)
-        steps = [(getattr(point, key), point.accuracy()) for point in front(ours, key)]
-        axes.plot(*zip(*steps), drawstyle="steps-post", color="C0", linewidth=1, alpha=0.6)
+            axes.plot(*zip(*places(points, key)), "o", color=color, markersize=5, label=label)
+        front = run.pareto_front(places(ours, key))
+        axes.plot(*zip(*front), drawstyle="steps-post", color="C0", linewidth=1, alpha=0.6)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(AXES[key])
@@ -193,16 +190,10 @@ def points_table(points, records):
                 training_of(first, records),
             ]
         )
-    head = [
-        "network",
-        "test accuracy, %",
-        "seeds",
-        "epochs of the last training",
-        "images",
-        "file, kB",
-    ]
-    head += ["operations, millions", "course score", "trained by"]
-    return table(head, rows)
+    head = ["network", "test accuracy, %", "seeds", "epochs of the last training", "images"]
+    head += ["file, kB", "operations, millions", "course score", "trained by"]
+    shown = [record for point in points for record in point.records]
+    return [*table(head, rows), "", f"Exported on: {machines(shown)}"]
 
 
 def main():

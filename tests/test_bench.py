@@ -86,5 +86,6 @@ def test_the_page_of_both_costs_shows_the_longest_training_and_no_beaten_network
     rows += [{**deployed(0, 3, 0.9, 1e6, 1e7), "method": "int8"}]
     bc, int8 = tradeoff.our_points(rows, "cifar10")
     assert (bc.name, bc.accuracies, bc.size, bc.operations) == ("bc", [91.0, 93.0], 200, 100)
-    assert tradeoff.front([bc, int8], "size") == [bc]  # int8 is larger, and less accurate
-    assert tradeoff.front([bc, int8], "operations") == [int8, bc]
+    by_size, by_operations = (tradeoff.places([bc, int8], key) for key in tradeoff.AXES)
+    assert run.pareto_front(by_size) == [(200, 92.0)]  # int8 is larger, and less accurate
+    assert run.pareto_front(by_operations) == [(10, 90.0), (100, 92.0)]
