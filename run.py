@@ -2263,7 +2263,7 @@ def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
 
     w_bits, a_bits: of weights and inputs, see spread_bits; without w_bits, weights that were
     trained in few bits keep them, and the others get 8. inputs: static (calibrated on training
-    images, by min-max or min-mse, the fit), dynamic (measured in each batch), or real.
+    images, by min-mse or min-max, the fit), dynamic (measured in each batch), or real.
     """
     names, params, grids = bcq.quantizable(net.model), net.params, {}
     bits = dict.fromkeys(names, 8)
@@ -2389,7 +2389,8 @@ def describe_result(kind, net, path, argv):
     result |= {"batch": config.get("batch_size"), "val_images": config.get("val")}
     result |= {"train_images": net.meta.get("train_images")}
     result |= {"parameters": sum(p.numel() for p in net.model.parameters())}
-    result |= {"file_bytes": size, "fp32_file_bytes": whole, "shrink": whole / size}
+    result |= {"file": path.name, "file_bytes": size}
+    result |= {"fp32_file_bytes": whole, "shrink": whole / size}
     try:
         result |= describe_costs(net)
     except Exception as error:  # of the user's model too: a count is not to end a training
@@ -2654,7 +2655,7 @@ TAKES = {  # the flags of each mode
     "predict": {"mode", "checkpoint", "model", "device", "threads", "images"},
     "sweep": (TRAINING | {"w_bits", "a_bits", "images"}) - {"expect"},
 }
-UNSET = {"mode": "bc", "model": "fast", "data_dir": "data", "inputs": "static", "fit": "min-max"}
+UNSET = {"mode": "bc", "model": "fast", "data_dir": "data", "inputs": "static", "fit": "min-mse"}
 UNSET |= dict.fromkeys(["dataset", "init", "teacher", "classes", "device", "threads", "expect"])
 UNSET |= {**dict.fromkeys(["out", "resume", "checkpoint", "dtype"]), "images": ()}
 
@@ -2768,7 +2769,7 @@ def build_parser():
     add("--dtype", choices=dtypes, help="training: fp32 or bf16, what is fast; ptq: the others")
     ways = ["static", "dynamic", "real"]
     add("--inputs", choices=ways, help="int8: calibrated (default), by batch, or not quantized")
-    add("--fit", choices=["min-max", "min-mse"], help="of static inputs (default: min-max)")
+    add("--fit", choices=["min-mse", "min-max"], help="of static inputs (default: min-mse)")
     add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
     add("--device", help="cpu, cuda:1, mps, ... (default: torch.accelerator's, or cpu)")
     add("--threads", type=number(int, 1, 1024), help="of the CPU (default: its cores)")

@@ -45,6 +45,29 @@ def test_the_work_of_a_training_is_timed_beside_the_yardsticks(tmp_path):
     assert line["work_over_yardstick"] == pytest.approx(ours / theirs)
 
 
+def test_six_views_are_an_image_and_two_shifts_of_it_with_their_mirror_images(fp32_run):
+    sys.path.insert(0, str(BENCH))
+    import views
+    import yardstick
+
+    data = run.load_data("shapes", "none")
+    some = {key: data[key][:100] for key in ("test_x", "test_y")}
+    net = run.load_network(fp32_run / "model.pth", torch.device("cpu"))
+    x = run.prepare(some["test_x"], data)
+    mirrored = x[..., range(31, -1, -1)]
+    left = [1, *range(31)]  # where a column comes from: the one beyond the edge is the one inside
+    right = [*range(1, 32), 30]
+    logits = [net(x) / 4, net(mirrored) / 4]
+    for columns in (left, right):
+        shifted = x[..., columns, :][..., columns]
+        logits += [net(shifted) / 8, net(shifted[..., range(31, -1, -1)]) / 8]
+    with torch.no_grad():
+        torch.testing.assert_close(yardstick.views(net, x), sum(logits))
+    plain, viewed = views.accuracies(fp32_run / "model.pth", {**data, **some})
+    assert plain == (net(x).argmax(1) == some["test_y"]).sum() / 100
+    assert viewed == (sum(logits).argmax(1) == some["test_y"]).sum() / 100
+
+
 def test_the_yardstick_begins_as_it_is_described():
     sys.path.insert(0, str(BENCH))
     import yardstick

@@ -70,7 +70,7 @@ def test_a_network_in_half_precision_is_taken_by_every_mode_that_reads_one(fp32_
     "words, name, bits",
     [
         (["--inputs", "static"], "int8", (8, 8)),
-        (["--inputs", "static", "--fit", "min-mse"], "int8", (8, 8)),
+        (["--inputs", "static", "--fit", "min-max"], "int8", (8, 8)),
         (["--inputs", "dynamic"], "int8-dynamic", (8, 8)),
         (["--inputs", "real", "--w-bits", "5"], "w5", (5, 32)),
     ],
@@ -90,14 +90,15 @@ def test_conversions_to_integers_are_measured_from_their_files(
     succeed("--mode", "eval", "--checkpoint", file, "--expect", result["test_accuracy"])
 
 
-def test_calibration_takes_a_thousand_training_images_and_no_others(
+def test_calibration_takes_a_thousand_training_images_and_the_least_squared_error(
     fp32_run, tmp_path, monkeypatch
 ):
     seen, calibrate = [], bcq.calibrate_inputs
 
-    def spy(model, params, buffers, x, *more):
+    def spy(model, params, buffers, x, bits, fit):
         seen.append(x)
-        return calibrate(model, params, buffers, x, *more)
+        assert fit is bcq.min_mse
+        return calibrate(model, params, buffers, x, bits, fit)
 
     monkeypatch.setattr(bcq, "calibrate_inputs", spy)
     words = ["--dtype", "int8", "--checkpoint", fp32_run / "model.pth", "--out", tmp_path]

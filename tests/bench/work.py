@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import yardstick
 from common import make_parser, record, run, set_up
+from views import accuracies
 
 
 def random_data(count=4000):
@@ -80,17 +81,7 @@ def read_runs(folders, data_dir, config):
         images.add(result["train_images"])
         plain.append(result["test_accuracy"])
         commits.append(result["commit"])
-
-        net = run.load_network(folder / "model.pth", torch.device("cpu"))
-        net, right = run.fit_to_data(net, data), 0
-
-        def logits(x, net=net):
-            return net.forward(net.model, net.params, net.buffers, x)[0]
-
-        with torch.no_grad():
-            for x, labels in run.batches(data, "test"):
-                right += (yardstick.views(logits, x).argmax(1) == labels).sum().item()
-        viewed.append(right / len(data["test_y"]))
+        viewed.append(accuracies(folder / "model.pth", data)[1])
     (count,) = images  # of all the same
     row = {"train_images": count, "seeds": len(plain), "run_commits": commits}
     for name, found in (("test_accuracy", plain), ("test_accuracy_views", viewed)):
