@@ -4,8 +4,8 @@
 
 Each run leaves a result.json in its folder; benchmarks write a .jsonl. The results given are
 appended to results/records.jsonl, one line each: old lines stay, and what is there already is not
-added again. Then the marked parts of results/README.md and of README.md, commands.txt, accuracy.png
-and time.png are written anew from all the lines.
+added again. Then the marked parts of results/README.md and of README.md, commands.txt and time.png
+are written anew from all the lines.
 """
 
 import json
@@ -22,9 +22,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import run  # noqa: E402
+
 RECORDS = HERE / "records.jsonl"
 PAPER = 0.9010  # BinaryConnect, deterministic, as published
-MACHINE = "Intel(R) Xeon(R) Processor"  # of the tables of methods and of the pictures
 
 # (method, bits of weights, bits of inputs): the row's name, in the order of the tables
 METHODS = {
@@ -33,7 +35,7 @@ METHODS = {
     ("int8", 8, 8): "int8 static, converted",
     ("int8-dynamic", 8, 8): "int8 dynamic, converted",
     ("bc", 1, 32): "bc",
-    ("bc, binary throughout", 1, 32): "bc, binary from the first epoch",
+    ("w1a8", 1, 8): "bc, inputs converted to 8 bits",
     ("bc-stochastic", 1, 32): "bc-stochastic, deployed as sign(w)",
     ("bwn", 1, 32): "bwn",
     ("ternary", 2, 32): "ternary",
@@ -125,24 +127,29 @@ def is_all_shapes(record):
     return record["dataset"] == "shapes" and whole
 
 
+def is_of_the_preset(record):
+    """Whether a record's training had today's preset of its mode: what it sets, and no more."""
+    _, own = run.preset(record["mode"], record["model"])
+    own = json.loads(json.dumps(own))
+    bits = ("w_bits", "a_bits")
+    same = all(setting(record, key) == own[key] for key in own if key not in bits)
+    added = set(setting(record, "typed") or ()) - {"mode", "dataset", "seed", "init", *own, *bits}
+    return same and not added
+
+
 def last_of_each_seed(records):
     """The records, of which later ones replace earlier ones of their seed."""
     return list({record["seed"]: record for record in records}.values())
 
 
 def deployed(records):
-    """The records of deployed networks on MACHINE by the names of METHODS, in their order."""
+    """The records of deployed networks of today's presets by the names of METHODS, in order."""
     groups = {name: [] for name in METHODS.values()}
     for record in records:
         if record["kind"] not in ("export", "ptq") or not is_whole(record):
             continue
-        if record["device_name"] != MACHINE:
-            continue
-        method = record["method"]
-        if method == "bc" and not setting(record, "real_epochs"):
-            method = "bc, binary throughout"
-        name = METHODS.get((method, record["w_bits"], record["a_bits"]))
-        if name:
+        name = METHODS.get((record["method"], record["w_bits"], record["a_bits"]))
+        if name and is_of_the_preset(record):
             groups[name].append(record)
     return {name: last_of_each_seed(group) for name, group in groups.items() if group}
 
@@ -198,9 +205,11 @@ def mean_and_deviation(values, form):
     return words
 
 
-def accuracy_of(group):
-    """The test accuracy of the records of one method, in percent."""
-    return mean_and_deviation([100 * record["test_accuracy"] for record in group], "{:.2f}")
+def accuracy_of(group, key="test_accuracy"):
+    """The test accuracy of the records of one method, in percent, or "" where one has none."""
+    if any(key not in record for record in group):
+        return ""
+    return mean_and_deviation([100 * record[key] for record in group], "{:.2f}")
 
 
 def milliseconds(group, key):
@@ -287,15 +296,14 @@ def small_table(records):
     rows.append(["BinaryConnect as published", f"{100 * PAPER:.2f}", "1, 32", "", ""])
     head = ["method", "test accuracy, %", "bits of weights, inputs", "file, kB", "times smaller"]
     bc = groups["bc"]
-    throughout = groups["bc, binary from the first epoch"]
-    epochs = groups["fp32"][0]["epochs"]
+    epochs = {name: groups[name][0]["epochs"] for name in ("fp32", "lsq W4A4, from fp32")}
     early = bc[0]["config"]["real_epochs"]
     note = (
         "CIFAR-10, the network `fast` (2.0 million weights); the paper's has 14 million. Accuracy "
         "and size are those of the network in the deployed file. "
-        f"+- is the standard deviation over {len(bc)} seeds. bc trains for {bc[0]['epochs']} epochs, "
-        f"the first {early} in full precision; fp32 trains for {epochs}, and lsq for as many from "
-        f"fp32's weights. Binary in all of {epochs} epochs, bc reaches {accuracy_of(throughout)}."
+        f"+- is the standard deviation over {len(bc)} seeds. bc and ternary train for "
+        f"{bc[0]['epochs']} epochs, the first {early} in full precision. fp32 trains for "
+        f"{epochs['fp32']}, and lsq for {epochs['lsq W4A4, from fp32']} from fp32's weights."
     )
     return [*table(head, rows), "", *textwrap.wrap(note, 120)]
 
@@ -310,6 +318,7 @@ def accuracy_table(records):
             [
                 name,
                 accuracy_of(group),
+                accuracy_of(group, "test_accuracy_views"),
                 str(len(group)),
                 epochs_of(first, records),
                 f"{first['w_bits']}, {first['a_bits']}",
@@ -318,10 +327,15 @@ def accuracy_table(records):
                 f"{first['shrink']:.1f}",
             ]
         )
-    paper = ["BinaryConnect, deterministic, as published", f"{100 * PAPER:.2f}", "", "500", "1, 32"]
-    rows.append([*paper, "0", "", ""])
-    head = ["method", "test accuracy, %", "seeds", "epochs", "bits of weights, inputs"]
-    head += ["full-precision layers", "file, kB", "times smaller than fp32"]
+    paper = ["BinaryConnect, deterministic, as published", f"{100 * PAPER:.2f}"]
+    rows.append([*paper, "", "", "500", "1, 32", "0", "", ""])
+    head = ["method", "test accuracy, %", "with six views, %", "seeds", "epochs"]
+    head += [
+        "bits of weights, inputs",
+        "full-precision layers",
+        "file, kB",
+        "times smaller than fp32",
+    ]
     shown = [record for group in groups.values() for record in group]
     first = shown[0]
     note = (
@@ -346,64 +360,32 @@ def latency_table(records):
                 f"{first['micronet_score']:.4f}",
                 f"{changed:.0f}",
                 f"{milliseconds(group, 'seconds_1'):.1f}",
+                f"{milliseconds(group, 'fp32_seconds_1'):.1f}",
                 f"{milliseconds(group, 'seconds_256'):.0f}",
+                f"{milliseconds(group, 'fp32_seconds_256'):.0f}",
             ]
         )
     head = ["method", "course score", "MicroNet score", "predictions changed"]
-    head += ["1 image, ms", "256 images, ms"]
-    return table(head, rows)
-
-
-def other_machines_table(records):
-    """Deployed networks that were trained or measured elsewhere than on MACHINE."""
-    networks = {}
-    for record in records:
-        whole = record.get("dataset") == "cifar10" and record.get("train_images", 0) >= 45_000
-        if record["kind"] not in ("export", "ptq") or not whole:
-            continue
-        if record["device_name"] != MACHINE:
-            name = record["method"]
-            if name == "lsq":
-                name += f" W{record['w_bits']}A{record['a_bits']}"
-            name += f", `{record['model']}` of width {record['width']}, seed {record['seed']}"
-            if record["train_images"] == 50_000:
-                name += ", none held out"
-            networks[name, record["epochs"], record["device_name"]] = record
-    rows = []
-    for (name, epochs, machine), record in networks.items():
-        rows.append(
-            [
-                f"{name}, {machine}",
-                str(epochs),
-                f"{100 * record['fp32_accuracy']:.2f}",
-                f"{100 * record['test_accuracy']:.2f}",
-                str(record["predictions_changed"]),
-                f"{record['file_bytes'] / 1e3:,.0f}",
-                f"{record['course_score']:.4f}",
-                f"{1e3 * record['seconds_1']:.1f}, {1e3 * record['seconds_256']:.0f}",
-                f"{1e3 * record['fp32_seconds_1']:.1f}, {1e3 * record['fp32_seconds_256']:.0f}",
-                record["commit"],
-            ]
-        )
-    head = ["network", "epochs", "test accuracy before, %", "after, %", "predictions changed"]
-    head += ["file, kB", "course score", "1 and 256 images, ms", "before", "commit"]
+    head += ["1 image, ms", "in fp32", "256 images, ms", "in fp32"]
     return table(head, rows)
 
 
 def training_table(records):
-    """The seconds of training of every method on MACHINE."""
+    """The seconds of training of every method, with today's presets."""
     rows = []
     for group in trained(records):
         first = group[0]
-        if first["device_name"] != MACHINE:
+        if not is_of_the_preset(first):
             continue
         seconds = [record["train_seconds"] for record in group]
         name = first["mode"]
         if name == "lsq":
             name += f" W{first['w_bits']}A{first['a_bits']}"
         epochs = epochs_of(first, records)
-        rows.append([name, epochs, str(len(group)), mean_and_deviation(seconds, "{:.0f}")])
-    lines = table(["mode", "epochs", "seeds", "training, s"], rows)
+        machine = f"{first['device_name']}, {first['threads']} threads"
+        seconds = mean_and_deviation(seconds, "{:.0f}")
+        rows.append([name, epochs, str(len(group)), seconds, machine])
+    lines = table(["mode", "epochs", "seeds", "training, s", "on"], rows)
     for record in records:
         if record["kind"] == "train" and record["preset"] == "fast fp32" and is_all_shapes(record):
             note = (
@@ -616,10 +598,8 @@ def all_commands(records):
         shown += group
     lines = set()
     for record in shown:
-        line = f"{record['command']}   # {record['commit']}"
-        if record["device_name"] != MACHINE:
-            line += f", on {record['device_name']} in {record['dtype']}"
-        lines.add(line)
+        machine = f"{record['device_name']} in {record['dtype']}"
+        lines.add(f"{record['command']}   # {record['commit']}, on {machine}")
     return sorted(lines)
 
 
@@ -663,39 +643,6 @@ def finish_picture(axes, name):
     axes.spines[["top", "right"]].set_visible(False)
     plt.savefig(HERE / name, dpi=130)
     plt.close()
-
-
-def draw_accuracy(records):
-    """Accuracy against the size of the file: a dot for each method."""
-    labels = {
-        "fp16, converted": ("fp16", (7, -3)),
-        "int8 static, converted": ("int8 static", (7, -7)),
-        "int8 dynamic, converted": ("int8 dynamic", (7, 3)),
-        "bc": ("bc, 9 epochs", (-7, -12)),
-        "bc, binary from the first epoch": ("bc, 11 epochs", (-7, 0)),
-        "bc-stochastic, deployed as sign(w)": ("bc-stochastic", (7, -3)),
-        "bwn": ("bwn", (7, -3)),
-        "ternary": ("ternary", (-7, 2)),
-        "lsq W4A4, from fp32": ("lsq W4A4", (7, -10)),
-        "lsq W2A2, from fp32": ("lsq W2A2", (7, -5)),
-    }
-    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, group in deployed(records).items():
-        color = "C0"
-        if group[0]["w_bits"] > 2:
-            color = "C1"
-        label, place = labels.get(name, (name, (7, -3)))
-        draw_dot(axes, group[0]["file_bytes"] / 1e3, group, color, label, place)
-    axes.errorbar([], [], fmt="o", color="C0", label="weights of 1 or 2 bits")
-    axes.errorbar([], [], fmt="o", color="C1", label="weights of 4 bits or more")
-    axes.legend(loc="lower right", frameon=False)
-    axes.set_xscale("log")
-    axes.set_xticks([200, 500, 1000, 2000, 5000, 10000])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter("")
-    axes.margins(x=0.28, y=0.12)
-    axes.set_xlabel("file of the deployed network, kB")
-    finish_picture(axes, "accuracy.png")
 
 
 def draw_time(records):
@@ -742,7 +689,6 @@ def main():
     sections = {
         "accuracy": accuracy_table(records),
         "latency": latency_table(records),
-        "other machines": other_machines_table(records),
         "training": training_table(records),
         "time to accuracy": time_to_accuracy(records),
         "work": work_table(records),
@@ -755,7 +701,6 @@ def main():
     }
     rewrite(HERE / "README.md", sections)
     (HERE / "commands.txt").write_text("\n".join([*all_commands(records), ""]))
-    draw_accuracy(records)
     draw_time(records)
 
 

@@ -7,14 +7,10 @@ gathered), trained on all training images but those held out. Published ones sta
 """
 
 import statistics
-import sys
 from typing import NamedTuple
 
 from matplotlib.transforms import Bbox
-from tables import HERE, RECORDS, machines, mean_and_deviation, plt, read_lines, rewrite, table
-
-sys.path.insert(0, str(HERE.parent))
-import run  # noqa: E402
+from tables import HERE, RECORDS, machines, mean_and_deviation, plt, read_lines, rewrite, run, table
 
 # name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
 PUBLISHED = {
@@ -38,6 +34,7 @@ PUBLISHED = {
     ],
 }
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+SCORES = {"course score": "course_score", "MicroNet score": "micronet_score"}
 # where a name may stand, in points right of and above its dot; the first that is free is taken
 PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
 PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15)]
@@ -60,18 +57,28 @@ class Point(NamedTuple):
         return statistics.fmean(self.accuracies)
 
 
-def short_name(record):
-    """The method, with its bits, and the network where it is not `fast` as it is."""
+def method_name(record):
+    """The method of a network, with its bits where it takes any."""
     name = record["method"]
     if name == "lsq":
         name = f"W{record['w_bits']}A{record['a_bits']}"
         if "=" in str(record["config"]["w_bits"]):
             name += " by layer"
-    if record["model"] != "fast":
-        name += f" {record['model']}"
+    return name
+
+
+def network_name(record):
+    """The architecture of a network, with its width where that is not the usual one."""
+    name = record["model"]
     if record["width"] not in (None, 1):
         name += f" x{record['width']:g}"
     return name
+
+
+def short_name(record):
+    """The method, and the network where it is not `fast` as it is."""
+    network = network_name(record).removeprefix("fast").strip()
+    return f"{method_name(record)} {network}".strip()
 
 
 def our_points(records, dataset):
@@ -172,7 +179,37 @@ def training_of(record, records):
     return ""
 
 
-def points_table(points, records):
+def architectures_table(points):
+    """What fp32, bc and two lsq reach on each network: accuracy, and the size of the file."""
+    methods = ("fp32", "bc", "W4A4", "W2A2")
+    networks = {}
+    for point in points:
+        first = point.records[0]
+        own = networks.setdefault(network_name(first), {"cost": first})
+        own[method_name(first)] = point
+    rows = []
+    for name, own in sorted(networks.items(), key=lambda pair: -pair[1]["cost"]["parameters"]):
+        found = [own[method] for method in methods if method in own]
+        if "fp32" not in own or len(found) < 2:
+            continue
+        cells = [f"`{name}`", f"{own['cost']['parameters']:,}", f"{own['cost']['macs'] / 1e6:.1f}"]
+        for method in methods:
+            cell = ""
+            if method in own:
+                point = own[method]
+                cell = f"{point.accuracy():.2f}, {point.size:,.0f} kB, {epochs_of(point)} epochs"
+            cells.append(cell)
+        rows.append(cells)
+    head = ["network", "parameters", "multiply-accumulates, millions", *methods]
+    return table(head, rows)
+
+
+def epochs_of(point):
+    """The epochs of the last training of a point."""
+    return point.records[0]["epochs"]
+
+
+def points_table(points, records, score):
     """The points of a picture, the most accurate first."""
     rows = []
     for point in sorted(points, key=Point.accuracy, reverse=True):
@@ -182,16 +219,16 @@ def points_table(points, records):
                 point.name,
                 mean_and_deviation(point.accuracies, "{:.2f}"),
                 str(len(point.accuracies)),
-                str(first["epochs"]),
+                str(epochs_of(point)),
                 f"{first['train_images']:,}",
                 f"{point.size:,.0f}",
                 f"{point.operations:,.1f}",
-                f"{first['course_score']:.4f}",
+                f"{first[SCORES[score]]:.4f}",
                 training_of(first, records),
             ]
         )
     head = ["network", "test accuracy, %", "seeds", "epochs of the last training", "images"]
-    head += ["file, kB", "operations, millions", "course score", "trained by"]
+    head += ["file, kB", "operations, millions", score, "trained by"]
     shown = [record for point in points for record in point.records]
     return [*table(head, rows), "", f"Exported on: {machines(shown)}"]
 
@@ -200,11 +237,13 @@ def main():
     """Rewrites the tables and draws the pictures."""
     records = read_lines(RECORDS)
     sections = {}
-    for dataset, name in NAMES.items():
+    for (dataset, name), score in zip(NAMES.items(), SCORES):  # each data set has its own score
         points = our_points(records, dataset)
         if points:
-            sections[name] = points_table(points, records)
+            sections[name] = points_table(points, records, score)
             draw(points, dataset)
+        if dataset == "cifar10":
+            sections["architectures"] = architectures_table(points)
     rewrite(HERE / "tradeoff.md", sections, "tradeoff.py")
 
 

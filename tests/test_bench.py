@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -98,6 +99,42 @@ def deployed(seed, epochs, accuracy, size, operations):
     row = {"kind": "export", "method": "bc", "model": "fast", "width": 1, "config": {}}
     row |= {"dataset": "cifar10", "train_images": 45_000, "seed": seed, "epochs": epochs}
     return {**row, "test_accuracy": accuracy, "file_bytes": size, "operations": operations}
+
+
+@pytest.mark.parametrize(
+    "more, shown",
+    [
+        ([], True),
+        (["--seed", 1, "--epochs", 7], True),
+        (["--epochs", 9], False),
+        (["--mix", "cutmix"], False),
+        (["--width", 0.5], False),
+        (["--optimizer", "sgd"], False),
+    ],
+)
+def test_the_table_of_methods_has_the_networks_of_todays_presets_and_no_others(more, shown):
+    sys.path.insert(0, str(TOP / "results"))
+    import tables
+
+    args = run.parse_arguments(["--mode", "bc", "--dataset", "cifar10", *map(str, more)])
+    config = json.loads(json.dumps(asdict(run.configure(args))))
+    row = {**deployed(0, 7, 0.9, 1, 1), "mode": "bc", "w_bits": 1, "a_bits": 32, "config": config}
+    row["width"] = config["width"] or 1
+    assert (list(tables.deployed([row])) == ["bc"]) is shown
+
+
+def test_the_table_of_architectures_has_a_row_for_each_network_that_was_quantized():
+    sys.path.insert(0, str(TOP / "results"))
+    import tradeoff
+
+    rows = []
+    for model, method, accuracy in (("fast", "fp32", 0.9), ("fast", "bc", 0.8), ("wrn", "bc", 0.7)):
+        row = {**deployed(0, 7, accuracy, 2e5, 1e8), "model": model, "method": method}
+        rows.append({**row, "parameters": 1234, "macs": 5e6})
+    head, _, line = tradeoff.architectures_table(tradeoff.our_points(rows, "cifar10"))
+    cells = line.split(" | ")
+    assert cells[:3] == ["| `fast`", "1,234", "5.0"]
+    assert cells[3:5] == ["90.00, 200 kB, 7 epochs", "80.00, 200 kB, 7 epochs"]
 
 
 def test_the_page_of_both_costs_shows_the_longest_training_and_no_beaten_network_on_the_line():
