@@ -160,6 +160,7 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
         "zca": True,
     },
 }
+RELATIVES = {"fast_wide": "fast"}  # networks that take the rows of another
 METHODS = {  # by --mode
     "fp32": None,
     "bc": bcq.BINARY_CONNECT,
@@ -176,9 +177,10 @@ BITS = {"bc": 1, "bc-stochastic": 1, "bwn": 1, "bwn-he": 1, "xnor": 1, "ternary"
 def preset(mode, model, paper=False, **flags):
     """The name of a preset, and the fields of Config that it and the flags set."""
     name = f"{model} {mode}"
-    rows = [model, "low-bit", mode, name]
+    model = RELATIVES.get(model, model)
+    rows = [model, "low-bit", mode, f"{model} {mode}"]
     if mode == "fp32":
-        rows = [model, name]
+        rows = [model, f"{model} {mode}"]
     if paper:
         name, rows = "paper", ["paper"]
     own = {}
@@ -2716,6 +2718,8 @@ def build_parser():
     table = "presets, later rows overriding earlier ones (by optimizer, model, method):\n"
     for name, row in rows.items():
         table += f"  {name:18} {', '.join(f'{key} {value}' for key, value in row.items())}\n"
+    for name, other in RELATIVES.items():
+        table += f"  {name:18} as {other}\n"
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     style |= {"argument_default": argparse.SUPPRESS, "usage": "run.py [FLAGS]"}
     parser = Parser(description=__doc__, epilog=table, **style)

@@ -65,6 +65,14 @@ def test_the_first_weights_of_fast_are_signs_that_balance_every_pattern_with_its
     assert len(bank.flatten(1).unique(dim=0)) == 32
 
 
+def test_fast_wide_is_fast_with_four_times_the_features():
+    wide, usual = models.fast_wide(100, 0.5), models.fast(100, 0.5)
+    shapes = {name: w.shape for name, w in wide.state_dict().items()}
+    differ = [name for name, w in usual.state_dict().items() if w.shape != shapes[name]]
+    assert {name.rpartition(".")[0] for name in differ} == {"convs.5", "norms.5", "linear"}
+    assert wide.linear.weight.shape == (100, 512) and usual.linear.weight.shape == (100, 128)
+
+
 def test_saturation_sets_the_colours_of_a_pixel_apart_and_keeps_their_mean():
     model = models.fast(width=0.5, saturation=5.0).eval()
     plain = models.fast(width=0.5).eval()

@@ -295,6 +295,16 @@ def test_muons_preset_has_a_learning_rate_for_biases_of_its_own():
     assert torch.allclose(ratio, torch.tensor(config.bias_lr / config.rest_lr))
 
 
+@pytest.mark.parametrize("name", run.RELATIVES)
+@pytest.mark.parametrize("mode", run.METHODS)
+def test_a_relative_of_a_network_has_its_presets(name, mode):
+    _, own = run.preset(mode, name)
+    _, other = run.preset(mode, run.RELATIVES[name])
+    assert own == other
+    assert other != run.preset(mode, "net.py:Net")[1]  # there are rows for it
+
+
+
 def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_any_preset():
     muon, adam = run.OPTIMIZERS["muon"]["lr"], run.OPTIMIZERS["adam"]["lr"]
     assert run.preset("bc", "fast")[1]["lr"] == muon
