@@ -304,7 +304,6 @@ def test_a_relative_of_a_network_has_its_presets(name, mode):
     assert other != run.preset(mode, "net.py:Net")[1]  # there are rows for it
 
 
-
 def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_any_preset():
     muon, adam = run.OPTIMIZERS["muon"]["lr"], run.OPTIMIZERS["adam"]["lr"]
     assert run.preset("bc", "fast")[1]["lr"] == muon
