@@ -13,6 +13,7 @@ import shlex
 import statistics
 import sys
 import textwrap
+from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 
@@ -132,7 +133,10 @@ def is_of_the_preset(record):
     _, own = run.preset(record["mode"], record["model"])
     own = json.loads(json.dumps(own))
     bits = ("w_bits", "a_bits")
-    same = all(setting(record, key) == own[key] for key in own if key not in bits)
+    config = asdict(run.Config()) | record.get(
+        "config", {}
+    )  # what is newer than the run had its default
+    same = all(config[key] == own[key] for key in own if key not in bits)
     added = set(setting(record, "typed") or ()) - {"mode", "dataset", "seed", "init", *own, *bits}
     return same and not added
 

@@ -77,7 +77,9 @@ def network_name(record):
 
 def short_name(record):
     """The method, and the network where it is not `fast` as it is."""
-    network = network_name(record).removeprefix("fast").strip()
+    network = network_name(record)
+    if record["model"] == "fast":
+        network = network.removeprefix("fast").strip()
     return f"{method_name(record)} {network}".strip()
 
 

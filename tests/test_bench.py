@@ -137,6 +137,20 @@ def test_the_table_of_architectures_has_a_row_for_each_network_that_was_quantize
     assert cells[3:5] == ["90.00, 200 kB, 7 epochs", "80.00, 200 kB, 7 epochs"]
 
 
+@pytest.mark.parametrize(
+    "model, width, name",
+    [("fast", 1, "bc"), ("fast", 0.5, "bc x0.5"), ("fast_wide", 1, "bc fast_wide")],
+)
+def test_a_dot_has_the_name_of_its_method_and_of_a_network_that_is_not_the_usual_one(
+    model, width, name
+):
+    sys.path.insert(0, str(TOP / "results"))
+    import tradeoff
+
+    row = {**deployed(0, 7, 0.9, 1, 1), "model": model, "width": width}
+    assert tradeoff.short_name(row) == name
+
+
 def test_the_page_of_both_costs_shows_the_longest_training_and_no_beaten_network_on_the_line():
     sys.path.insert(0, str(TOP / "results"))
     import tradeoff
