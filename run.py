@@ -147,6 +147,18 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
     "xnor": {"act": "hardtanh"},
     "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"epochs": 7, "lr": 0.05, "frozen": ()},
+    "residual": {
+        "epochs": 30,
+        "batch_size": 250,
+        "optimizer": "muon",
+        "lr": 0.05,
+        "norm_images": 5000,
+    },
+    "residual bc": {"real_epochs": 10},
+    "residual bwn": {"real_epochs": 10},
+    "residual bwn-he": {"real_epochs": 10},
+    "residual ternary": {"real_epochs": 10},
+    "residual lsq": {"epochs": 15, "lr": 0.02},
     "paper": {
         "epochs": 500,
         "batch_size": 50,
@@ -160,7 +172,13 @@ PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model 
         "zca": True,
     },
 }
-RELATIVES = {"fast_wide": "fast"}  # networks that take the rows of another
+RELATIVES = {  # networks that take the rows of another name
+    "fast_wide": "fast",
+    "resnet20": "residual",
+    "resnet18": "residual",
+    "wrn": "residual",
+    "mobilenetv2": "residual",
+}
 METHODS = {  # by --mode
     "fp32": None,
     "bc": bcq.BINARY_CONNECT,
