@@ -608,29 +608,34 @@ def all_commands(records):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures
+# The picture
 # --------------------------------------------------------------------------------------------------
 
 
-def draw_dot(axes, x, group, color, label, place):
-    """A dot at the group's mean accuracy, a bar for its deviation, and a label at a place.
-
-    place: the offset of the label in points, (right, up); to the left where right is negative.
-    """
-    accuracies = [100 * record["test_accuracy"] for record in group]
-    mean, deviation = statistics.fmean(accuracies), 0
-    if len(group) > 1:
-        deviation = statistics.stdev(accuracies)
-    axes.errorbar(x, mean, deviation, fmt="o", color=color, capsize=3)
-    side = "left"
-    if place[0] < 0:
-        side = "right"
-    point = (x, mean)
-    axes.annotate(label, point, xytext=place, textcoords="offset points", ha=side, fontsize=9)
-
-
-def finish_picture(axes, name):
-    """Draws the paper's accuracy as a line, labels the axis, and writes the picture."""
+def draw_time(records):
+    """Accuracy against the work of training, as a share of the yardstick's: a dot for each, a bar
+    for the deviation over seeds."""
+    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    dots = [(1, record, "the yardstick, fp32, 8 epochs") for record in yardsticks(records)]
+    for record in trainings_with_work(records):
+        label = f"{record['mode']}, {record['epochs']} epochs"
+        if record["width"] != 1:
+            label += f", width {record['width']:g}"
+        dots.append((record["work_over_yardstick"], record, label))
+    for work, record, label in dots:
+        color = "C1"
+        if record.get("mode") == "bc":
+            color = "C0"
+        accuracies = [100 * each for each in record["test_accuracy_each"]]
+        mean, deviation = statistics.fmean(accuracies), 0
+        if len(accuracies) > 1:
+            deviation = statistics.stdev(accuracies)
+        axes.errorbar(work, mean, deviation, fmt="o", color=color, capsize=3)
+        place = {"xytext": (7, -12), "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(label, (work, mean), **place)
+    axes.set_xlim(0, 1.3 * max(work for work, *_ in dots))
+    axes.margins(y=0.2)
+    axes.set_xlabel("seconds a step times steps, over the yardstick's on the same machine")
     axes.axhline(100 * PAPER, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
         f"BinaryConnect as published, {100 * PAPER:.2f}",
@@ -645,29 +650,8 @@ def finish_picture(axes, name):
     axes.set_ylabel("test accuracy on CIFAR-10, %")
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
-    plt.savefig(HERE / name, dpi=130)
+    plt.savefig(HERE / "time.png", dpi=130)
     plt.close()
-
-
-def draw_time(records):
-    """Accuracy against the work of training, as a share of the yardstick's: a dot for each."""
-    _, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    dots = [(1, record, "the yardstick, fp32, 8 epochs") for record in yardsticks(records)]
-    for record in trainings_with_work(records):
-        label = f"{record['mode']}, {record['epochs']} epochs"
-        if record["width"] != 1:
-            label += f", width {record['width']:g}"
-        dots.append((record["work_over_yardstick"], record, label))
-    for work, record, label in dots:
-        color = "C1"
-        if record.get("mode") == "bc":
-            color = "C0"
-        seeds = [{"test_accuracy": each} for each in record["test_accuracy_each"]]
-        draw_dot(axes, work, seeds, color, label, (7, -12))
-    axes.set_xlim(0, 1.3 * max(work for work, *_ in dots))
-    axes.margins(y=0.2)
-    axes.set_xlabel("seconds a step times steps, over the yardstick's on the same machine")
-    finish_picture(axes, "time.png")
 
 
 # --------------------------------------------------------------------------------------------------
