@@ -37,7 +37,7 @@ NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 SCORES = {"course score": "course_score", "MicroNet score": "micronet_score"}
 # where a name may stand, in points right of and above its dot; the first that is free is taken
 PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
-PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15)]
+PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (0, -29)]
 AXES = {
     "size": "file, kB",
     "operations": "operations: multiply-accumulates x bits of the wider operand / 32, millions",
@@ -63,7 +63,7 @@ def method_name(record):
     if name == "lsq":
         name = f"W{record['w_bits']}A{record['a_bits']}"
         if "=" in str(record["config"]["w_bits"]):
-            name += " by layer"
+            name += " mixed"
     return name
 
 
@@ -76,11 +76,14 @@ def network_name(record):
 
 
 def short_name(record):
-    """The method, and the network where it is not `fast` as it is."""
+    """The method, the network where it is not `fast` as it is, and whether it had a teacher."""
     network = network_name(record)
     if record["model"] == "fast":
         network = network.removeprefix("fast").strip()
-    return f"{method_name(record)} {network}".strip()
+    name = f"{method_name(record)} {network}".strip()
+    if record["config"].get("teacher"):
+        name += ", taught"
+    return name
 
 
 def our_points(records, dataset):
