@@ -125,7 +125,7 @@ OPTIMIZERS = {
         "rest_momentum": 0.85,
     },
 }
-PRESETS = {  # the rows of a model, of all low-bit modes, of a mode, of a model in a mode
+PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a mode, of both
     "fast": {
         "epochs": 11,
         "batch_size": 500,

@@ -129,16 +129,29 @@ def is_all_shapes(record):
 
 
 def is_of_the_preset(record):
-    """Whether a record's training had today's preset of its mode: what it sets, and no more."""
-    _, own = run.preset(record["mode"], record["model"])
-    own = json.loads(json.dumps(own))
-    bits = ("w_bits", "a_bits")
-    config = asdict(run.Config()) | record.get(
-        "config", {}
-    )  # what is newer than the run had its default
-    same = all(config[key] == own[key] for key in own if key not in bits)
-    added = set(setting(record, "typed") or ()) - {"mode", "dataset", "seed", "init", *own, *bits}
-    return same and not added
+    """Whether a record's training had today's preset of its mode, and nothing else than that.
+
+    lsq of other bits counts where all layers have the same, and where it began from a network.
+    """
+    free = {
+        "mode",
+        "model",
+        "width",
+        "preset",
+        "typed",
+        "seed",
+        "init",
+        "dataset",
+        "classes",
+        "val",
+    }
+    free |= {"dtype", "compile", "w_bits", "a_bits"}
+    usual = asdict(run.Config()) | run.preset(record["mode"], record["model"])[1]
+    config = asdict(run.Config()) | record.get("config", {})  # newer settings had their defaults
+    usual, config = json.loads(json.dumps([usual, config]))
+    same = all(config[key] == usual[key] for key in usual if key not in free)
+    mixed = any("=" in str(config[key]) for key in ("w_bits", "a_bits"))
+    return same and not mixed and bool(config["init"]) == (record["mode"] == "lsq")
 
 
 def last_of_each_seed(records):
@@ -214,6 +227,11 @@ def accuracy_of(group, key="test_accuracy"):
     if any(key not in record for record in group):
         return ""
     return mean_and_deviation([100 * record[key] for record in group], "{:.2f}")
+
+
+def times_smaller(record, groups):
+    """How many times as large the file of fp32 is."""
+    return f"{groups['fp32'][0]['file_bytes'] / record['file_bytes']:.1f}"
 
 
 def milliseconds(group, key):
@@ -296,18 +314,18 @@ def small_table(records):
         first = group[0]
         bits = f"{first['w_bits']}, {first['a_bits']}"
         size = f"{first['file_bytes'] / 1e3:,.0f}"
-        rows.append([short, accuracy_of(group), bits, size, f"{first['shrink']:.1f}"])
+        rows.append([short, accuracy_of(group), bits, size, times_smaller(first, groups)])
     rows.append(["BinaryConnect as published", f"{100 * PAPER:.2f}", "1, 32", "", ""])
     head = ["method", "test accuracy, %", "bits of weights, inputs", "file, kB", "times smaller"]
-    bc = groups["bc"]
-    epochs = {name: groups[name][0]["epochs"] for name in ("fp32", "lsq W4A4, from fp32")}
-    early = bc[0]["config"]["real_epochs"]
+    epochs = {name: groups[name][0]["epochs"] for name in SMALL}
+    seeds = len(groups["bc"])
     note = (
         "CIFAR-10, the network `fast` (2.0 million weights); the paper's has 14 million. Accuracy "
         "and size are those of the network in the deployed file. "
-        f"+- is the standard deviation over {len(bc)} seeds. bc and ternary train for "
-        f"{bc[0]['epochs']} epochs, the first {early} in full precision. fp32 trains for "
-        f"{epochs['fp32']}, and lsq for {epochs['lsq W4A4, from fp32']} from fp32's weights."
+        f"+- is the standard deviation over {seeds} seeds; the others are of one. bc trains for "
+        f"{epochs['bc']} epochs, ternary for {epochs['ternary']}, some of them in full precision. "
+        f"fp32 trains for {epochs['fp32']}, and lsq for {epochs['lsq W4A4, from fp32']} from fp32's "
+        "weights."
     )
     return [*table(head, rows), "", *textwrap.wrap(note, 120)]
 
@@ -328,7 +346,7 @@ def accuracy_table(records):
                 f"{first['w_bits']}, {first['a_bits']}",
                 str(first["real_layers"]),
                 f"{first['file_bytes'] / 1e3:,.0f}",
-                f"{first['shrink']:.1f}",
+                times_smaller(first, groups),
             ]
         )
     paper = ["BinaryConnect, deterministic, as published", f"{100 * PAPER:.2f}"]
@@ -345,7 +363,8 @@ def accuracy_table(records):
     note = (
         "CIFAR-10, 10,000 test images, last epoch. Accuracy and size are those of the network in "
         f"the deployed file. `fast` has {first['parameters']:,} parameters and {first['macs']:,} "
-        f"multiply-accumulates. Batch {in_words(shown, 'batch')}; {first['train_images']:,} "
+        "multiply-accumulates. An empty cell was not measured. "
+        f"Batch {in_words(shown, 'batch')}; {first['train_images']:,} "
         f"training images, {first['val_images']:,} held out; trained in bf16. {machines(shown)}"
     )
     return [*table(head, rows), "", note]
@@ -389,7 +408,7 @@ def training_table(records):
         machine = f"{first['device_name']}, {first['threads']} threads"
         seconds = mean_and_deviation(seconds, "{:.0f}")
         rows.append([name, epochs, str(len(group)), seconds, machine])
-    lines = table(["mode", "epochs", "seeds", "training, s", "on"], rows)
+    lines = table(["mode", "epochs", "seeds", "last training, s", "on"], rows)
     for record in records:
         if record["kind"] == "train" and record["preset"] == "fast fp32" and is_all_shapes(record):
             note = (
@@ -596,14 +615,11 @@ def duration_and_rate(record):
 
 
 def all_commands(records):
-    """The commands behind the tables of networks, with the commits at which they were run."""
-    shown = [record for record in records if record["kind"] in ("train", "score")]
-    for group in deployed(records).values():
-        shown += group
+    """The commands behind all networks, with the commits at which they were run."""
     lines = set()
-    for record in shown:
-        machine = f"{record['device_name']} in {record['dtype']}"
-        lines.add(f"{record['command']}   # {record['commit']}, on {machine}")
+    for record in records:
+        if record["kind"] in ("train", "score", "export", "ptq"):
+            lines.add(f"{record['command']}   # {record['commit']}, on {record['device_name']}")
     return sorted(lines)
 
 

@@ -10,7 +10,8 @@ import statistics
 from typing import NamedTuple
 
 from matplotlib.transforms import Bbox
-from tables import HERE, RECORDS, machines, mean_and_deviation, plt, read_lines, rewrite, run, table
+from tables import HERE, RECORDS, epochs_of, machines, mean_and_deviation
+from tables import plt, read_lines, rewrite, run, table
 
 # name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
 PUBLISHED = {
@@ -34,7 +35,7 @@ PUBLISHED = {
     ],
 }
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-SCORES = {"course score": "course_score", "MicroNet score": "micronet_score"}
+SCORES = {"cifar10": "course score", "cifar100": "MicroNet score"}
 # where a name may stand, in points right of and above its dot; the first that is free is taken
 PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
 PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (0, -29)]
@@ -141,7 +142,7 @@ def write_labels(axes, points, key, color, boxes):
             label = axes.annotate(point.name, place, xytext=(right, up), **words)
             box = label.get_window_extent()
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1
-            if inside and not any(box.overlaps(other) for other in boxes):
+            if inside and not any(box.padded(4, 0).overlaps(other) for other in boxes):
                 break
             label.remove()
         else:
@@ -184,34 +185,30 @@ def training_of(record, records):
     return ""
 
 
-def architectures_table(points):
-    """What fp32, bc and two lsq reach on each network: accuracy, and the size of the file."""
+def architectures_table(points, records):
+    """What fp32, bc and two lsq reach on each network that has two of them, without a teacher."""
     methods = ("fp32", "bc", "W4A4", "W2A2")
     networks = {}
     for point in points:
         first = point.records[0]
-        own = networks.setdefault(network_name(first), {"cost": first})
-        own[method_name(first)] = point
+        own = networks.setdefault((first["dataset"], network_name(first)), {"cost": first})
+        if not first["config"].get("teacher"):
+            own[method_name(first)] = point
     rows = []
-    for name, own in sorted(networks.items(), key=lambda pair: -pair[1]["cost"]["parameters"]):
-        found = [own[method] for method in methods if method in own]
-        if "fp32" not in own or len(found) < 2:
+    for (dataset, name), own in sorted(networks.items()):
+        if len([method for method in methods if method in own]) < 2:
             continue
-        cells = [f"`{name}`", f"{own['cost']['parameters']:,}", f"{own['cost']['macs'] / 1e6:.1f}"]
+        cells = [NAMES[dataset], f"`{name}`", f"{own['cost']['parameters']:,}"]
+        cells.append(f"{own['cost']['macs'] / 1e6:.1f}")
         for method in methods:
             cell = ""
             if method in own:
                 point = own[method]
-                cell = f"{point.accuracy():.2f}, {point.size:,.0f} kB, {epochs_of(point)} epochs"
+                cell = f"{point.accuracy():.2f} ({epochs_of(point.records[0], records)})"
             cells.append(cell)
         rows.append(cells)
-    head = ["network", "parameters", "multiply-accumulates, millions", *methods]
-    return table(head, rows)
-
-
-def epochs_of(point):
-    """The epochs of the last training of a point."""
-    return point.records[0]["epochs"]
+    head = ["data", "network", "parameters", "multiply-accumulates, millions"]
+    return table([*head, *(f"{method}, % (epochs)" for method in methods)], rows)
 
 
 def points_table(points, records, score):
@@ -219,20 +216,23 @@ def points_table(points, records, score):
     rows = []
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
+        epochs = epochs_of(first, records)
+        if "mixed" in point.name:
+            epochs = "several"
         rows.append(
             [
                 point.name,
                 mean_and_deviation(point.accuracies, "{:.2f}"),
                 str(len(point.accuracies)),
-                str(epochs_of(point)),
+                epochs,
                 f"{first['train_images']:,}",
                 f"{point.size:,.0f}",
                 f"{point.operations:,.1f}",
-                f"{first[SCORES[score]]:.4f}",
+                f"{first[score.lower().replace(' ', '_')]:.4f}",
                 training_of(first, records),
             ]
         )
-    head = ["network", "test accuracy, %", "seeds", "epochs of the last training", "images"]
+    head = ["network", "test accuracy, %", "seeds", "epochs", "images"]
     head += ["file, kB", "operations, millions", score, "trained by"]
     shown = [record for point in points for record in point.records]
     return [*table(head, rows), "", f"Exported on: {machines(shown)}"]
@@ -242,13 +242,14 @@ def main():
     """Rewrites the tables and draws the pictures."""
     records = read_lines(RECORDS)
     sections = {}
-    for (dataset, name), score in zip(NAMES.items(), SCORES):  # each data set has its own score
+    shown = []
+    for dataset, name in NAMES.items():
         points = our_points(records, dataset)
         if points:
-            sections[name] = points_table(points, records, score)
+            sections[name] = points_table(points, records, SCORES[dataset])
             draw(points, dataset)
-        if dataset == "cifar10":
-            sections["architectures"] = architectures_table(points)
+        shown += points
+    sections["architectures"] = architectures_table(shown, records)
     rewrite(HERE / "tradeoff.md", sections, "tradeoff.py")
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from helpers import TOP, image_tree
+from helpers import TOP, image_tree, succeed
 
 import run
 
@@ -69,6 +69,26 @@ def test_six_views_are_an_image_and_two_shifts_of_it_with_their_mirror_images(fp
     assert viewed == (sum(logits).argmax(1) == some["test_y"]).sum() / 100
 
 
+def test_the_accuracy_with_views_goes_into_the_result_of_the_file_that_it_names(
+    fp32_run, tmp_path, monkeypatch
+):
+    sys.path.insert(0, str(BENCH))
+    import views
+
+    words = ["--mode", "export", "--checkpoint", fp32_run / "model.pth", "--out", tmp_path]
+    succeed(*words)
+    file = tmp_path / "model-fp32.json"
+    result = json.loads(file.read_text())
+    assert result["file"] == "model.bcq"
+    monkeypatch.setattr(sys, "argv", ["views.py", "--data-dir", "none", str(file)])
+    views.main()
+    viewed = views.accuracies(tmp_path / "model.bcq", run.load_data("shapes", "none"))[1]
+    assert json.loads(file.read_text()) == {**result, "test_accuracy_views": viewed}
+    file.write_text(json.dumps({**result, "test_accuracy": result["test_accuracy"] + 1 / 4000}))
+    with pytest.raises(SystemExit, match="export it anew"):
+        views.main()
+
+
 def test_the_yardstick_begins_as_it_is_described():
     sys.path.insert(0, str(BENCH))
     import yardstick
@@ -104,26 +124,36 @@ def deployed(seed, epochs, accuracy, size, operations):
 @pytest.mark.parametrize(
     "more, shown",
     [
-        ([], True),
-        (["--seed", 1, "--epochs", 7], True),
-        (["--epochs", 9], False),
-        (["--mix", "cutmix"], False),
-        (["--width", 0.5], False),
-        (["--optimizer", "sgd"], False),
+        (["--mode", "bc"], True),
+        (["--mode", "bc", "--seed", 1, "--epochs", 7], True),
+        (["--mode", "bc", "--epochs", 9], False),
+        (["--mode", "bc", "--mix", "cutmix"], False),
+        (["--mode", "bc", "--teacher", "FILE"], False),
+        (["--mode", "bc", "--init", "FILE"], False),
+        (["--mode", "bc", "--width", 0.5], False),
+        (["--mode", "bc", "--optimizer", "sgd"], False),
+        (["--mode", "lsq"], False),  # from no fp32 network
+        (["--mode", "lsq", "--init", "FILE"], True),
+        (["--mode", "lsq", "--init", "FILE", "--w-bits", "convs.0=8,4"], False),
     ],
 )
-def test_the_table_of_methods_has_the_networks_of_todays_presets_and_no_others(more, shown):
+def test_the_table_of_methods_has_the_networks_of_todays_presets_and_no_others(
+    more, shown, fp32_run
+):
     sys.path.insert(0, str(TOP / "results"))
     import tables
 
-    args = run.parse_arguments(["--mode", "bc", "--dataset", "cifar10", *map(str, more)])
-    config = json.loads(json.dumps(asdict(run.configure(args))))
-    row = {**deployed(0, 7, 0.9, 1, 1), "mode": "bc", "w_bits": 1, "a_bits": 32, "config": config}
-    row["width"] = config["width"] or 1
-    assert (list(tables.deployed([row])) == ["bc"]) is shown
+    words = [str(fp32_run / "model.pth") if word == "FILE" else str(word) for word in more]
+    args = run.parse_arguments([*words, "--dataset", "cifar10"])
+    config = asdict(run.configure(args)) | {"saturation": 5.0}  # --init has the file's own
+    config = json.loads(json.dumps(config))
+    bits = {"bc": (1, 32), "lsq": (4, 4)}[config["mode"]]
+    row = {**deployed(0, 7, 0.9, 1, 1), "mode": config["mode"], "method": config["mode"]}
+    row |= {"w_bits": bits[0], "a_bits": bits[1], "width": config["width"] or 1}
+    assert bool(tables.deployed([{**row, "config": config}])) is shown
 
 
-def test_the_table_of_architectures_has_a_row_for_each_network_that_was_quantized():
+def test_the_table_of_architectures_has_a_row_for_each_network_with_two_untaught_methods():
     sys.path.insert(0, str(TOP / "results"))
     import tradeoff
 
@@ -131,10 +161,12 @@ def test_the_table_of_architectures_has_a_row_for_each_network_that_was_quantize
     for model, method, accuracy in (("fast", "fp32", 0.9), ("fast", "bc", 0.8), ("wrn", "bc", 0.7)):
         row = {**deployed(0, 7, accuracy, 2e5, 1e8), "model": model, "method": method}
         rows.append({**row, "parameters": 1234, "macs": 5e6})
-    head, _, line = tradeoff.architectures_table(tradeoff.our_points(rows, "cifar10"))
+    rows.append({**rows[1], "test_accuracy": 0.99, "config": {"teacher": "A.pth"}})
+    points = tradeoff.our_points(rows, "cifar10")
+    head, _, line = tradeoff.architectures_table(points, rows)
     cells = line.split(" | ")
-    assert cells[:3] == ["| `fast`", "1,234", "5.0"]
-    assert cells[3:5] == ["90.00, 200 kB, 7 epochs", "80.00, 200 kB, 7 epochs"]
+    assert cells[:4] == ["| CIFAR-10", "`fast`", "1,234", "5.0"]
+    assert cells[4:6] == ["90.00 (7)", "80.00 (7)"]
 
 
 @pytest.mark.parametrize(

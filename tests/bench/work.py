@@ -81,7 +81,10 @@ def read_runs(folders, data_dir, config):
         images.add(result["train_images"])
         plain.append(result["test_accuracy"])
         commits.append(result["commit"])
-        viewed.append(accuracies(folder / "model.pth", data)[1])
+        again, seen = accuracies(folder / "model.pth", data)
+        if again != result["test_accuracy"]:
+            raise SystemExit(f"{folder}: its network has {again:.4f} on these test images")
+        viewed.append(seen)
     (count,) = images  # of all the same
     row = {"train_images": count, "seeds": len(plain), "run_commits": commits}
     for name, found in (("test_accuracy", plain), ("test_accuracy_views", viewed)):
