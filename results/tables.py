@@ -133,19 +133,8 @@ def is_of_the_preset(record):
 
     lsq of other bits counts where all layers have the same, and where it began from a network.
     """
-    free = {
-        "mode",
-        "model",
-        "width",
-        "preset",
-        "typed",
-        "seed",
-        "init",
-        "dataset",
-        "classes",
-        "val",
-    }
-    free |= {"dtype", "compile", "w_bits", "a_bits"}
+    free = {"mode", "model", "width", "preset", "typed", "seed", "init", "w_bits", "a_bits"}
+    free |= {"dataset", "classes", "val", "dtype", "compile"}
     usual = asdict(run.Config()) | run.preset(record["mode"], record["model"])[1]
     config = asdict(run.Config()) | record.get("config", {})  # newer settings had their defaults
     usual, config = json.loads(json.dumps([usual, config]))
