@@ -147,18 +147,14 @@ PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a 
     "xnor": {"act": "hardtanh"},
     "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"epochs": 7, "lr": 0.05, "frozen": ()},
-    "residual": {
+    "residual bc": {
         "epochs": 30,
+        "real_epochs": 10,
         "batch_size": 250,
         "optimizer": "muon",
         "lr": 0.05,
         "norm_images": 5000,
     },
-    "residual bc": {"real_epochs": 10},
-    "residual bwn": {"real_epochs": 10},
-    "residual bwn-he": {"real_epochs": 10},
-    "residual ternary": {"real_epochs": 10},
-    "residual lsq": {"epochs": 15, "lr": 0.02},
     "paper": {
         "epochs": 500,
         "batch_size": 50,

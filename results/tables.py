@@ -341,12 +341,8 @@ def accuracy_table(records):
     paper = ["BinaryConnect, deterministic, as published", f"{100 * PAPER:.2f}"]
     rows.append([*paper, "", "", "500", "1, 32", "0", "", ""])
     head = ["method", "test accuracy, %", "with six views, %", "seeds", "epochs"]
-    head += [
-        "bits of weights, inputs",
-        "full-precision layers",
-        "file, kB",
-        "times smaller than fp32",
-    ]
+    head += ["bits of weights, inputs", "full-precision layers"]
+    head += ["file, kB", "times smaller than fp32"]
     shown = [record for group in groups.values() for record in group]
     first = shown[0]
     note = (

@@ -35,7 +35,10 @@ PUBLISHED = {
     ],
 }
 NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-SCORES = {"cifar10": "course score", "cifar100": "MicroNet score"}
+SCORES = {  # of each data set: its name, and where a record has it
+    "cifar10": ("course score", "course_score"),
+    "cifar100": ("MicroNet score", "micronet_score"),
+}
 # where a name may stand, in points right of and above its dot; the first that is free is taken
 PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
 PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (0, -29)]
@@ -191,22 +194,15 @@ def architectures_table(points, records):
     networks = {}
     for point in points:
         first = point.records[0]
-        own = networks.setdefault((first["dataset"], network_name(first)), {"cost": first})
-        if not first["config"].get("teacher"):
-            own[method_name(first)] = point
+        if method_name(first) in methods and not first["config"].get("teacher"):
+            network = [NAMES[first["dataset"]], f"`{network_name(first)}`"]
+            network += [f"{first['parameters']:,}", f"{first['macs'] / 1e6:.1f}"]
+            reached = f"{point.accuracy():.2f} ({epochs_of(first, records)})"
+            networks.setdefault(tuple(network), {})[method_name(first)] = reached
     rows = []
-    for (dataset, name), own in sorted(networks.items()):
-        if len([method for method in methods if method in own]) < 2:
-            continue
-        cells = [NAMES[dataset], f"`{name}`", f"{own['cost']['parameters']:,}"]
-        cells.append(f"{own['cost']['macs'] / 1e6:.1f}")
-        for method in methods:
-            cell = ""
-            if method in own:
-                point = own[method]
-                cell = f"{point.accuracy():.2f} ({epochs_of(point.records[0], records)})"
-            cells.append(cell)
-        rows.append(cells)
+    for network, reached in sorted(networks.items()):
+        if len(reached) > 1:
+            rows.append([*network, *(reached.get(method, "") for method in methods)])
     head = ["data", "network", "parameters", "multiply-accumulates, millions"]
     return table([*head, *(f"{method}, % (epochs)" for method in methods)], rows)
 
@@ -214,6 +210,7 @@ def architectures_table(points, records):
 def points_table(points, records, score):
     """The points of a picture, the most accurate first."""
     rows = []
+    name, key = score
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
         epochs = epochs_of(first, records)
@@ -228,12 +225,12 @@ def points_table(points, records, score):
                 f"{first['train_images']:,}",
                 f"{point.size:,.0f}",
                 f"{point.operations:,.1f}",
-                f"{first[score.lower().replace(' ', '_')]:.4f}",
+                f"{first[key]:.4f}",
                 training_of(first, records),
             ]
         )
     head = ["network", "test accuracy, %", "seeds", "epochs", "images"]
-    head += ["file, kB", "operations, millions", score, "trained by"]
+    head += ["file, kB", "operations, millions", name, "trained by"]
     shown = [record for point in points for record in point.records]
     return [*table(head, rows), "", f"Exported on: {machines(shown)}"]
 

@@ -138,20 +138,20 @@ def test_a_bias_is_one_more_addition_and_a_scale_one_more_product():
         assert operations(model, packed, buffers) == 2 * 480 + more
 
 
-@torch.library.custom_op("bcq_tests::interview_padding", mutates_args=())
-def interview_padding(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("bcq_tests::overview_padding", mutates_args=())
+def overview_padding(x: torch.Tensor) -> torch.Tensor:
     """An operation that computes, whatever words its name is made of."""
     return x + 1
 
 
-@interview_padding.register_fake
+@overview_padding.register_fake
 def _(x):
     return torch.empty_like(x)
 
 
 class Computes(nn.Module):
     def forward(self, x):
-        return interview_padding(x)
+        return overview_padding(x)
 
 
 class Moves(nn.Module):

@@ -90,19 +90,20 @@ def test_conversions_to_integers_are_measured_from_their_files(
     succeed("--mode", "eval", "--checkpoint", file, "--expect", result["test_accuracy"])
 
 
-def test_calibration_takes_a_thousand_training_images_and_the_least_squared_error(
-    fp32_run, tmp_path, monkeypatch
+@pytest.mark.parametrize("more, fit", [([], "min_mse"), (["--fit", "min-max"], "min_max")])
+def test_calibration_takes_a_thousand_training_images_and_no_others(
+    more, fit, fp32_run, tmp_path, monkeypatch
 ):
     seen, calibrate = [], bcq.calibrate_inputs
 
-    def spy(model, params, buffers, x, bits, fit):
+    def spy(model, params, buffers, x, bits, chosen):
         seen.append(x)
-        assert fit is bcq.min_mse
-        return calibrate(model, params, buffers, x, bits, fit)
+        assert chosen is getattr(bcq, fit)
+        return calibrate(model, params, buffers, x, bits, chosen)
 
     monkeypatch.setattr(bcq, "calibrate_inputs", spy)
     words = ["--dtype", "int8", "--checkpoint", fp32_run / "model.pth", "--out", tmp_path]
-    succeed("--mode", "ptq", *words)
+    succeed("--mode", "ptq", *words, *more)
     data = run.load_data("shapes", "none")
     train = {x.numpy().tobytes() for x in run.prepare(data["train_x"], data)}
     (images,) = seen
