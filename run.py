@@ -2754,7 +2754,7 @@ def build_parser():
     add("--width", type=number(float, 0.01), help="factor on the channels; for wrn the widening")
     add("--paper", action="store_true", help="the recipe of the BinaryConnect paper, 500 epochs")
     add("--epochs", type=number(int, 1))
-    add("--real-epochs", type=number(int, 0), help="so many, at first, in full precision")
+    add("--real-epochs", type=number(int, 0), help="so many, at first, with real weights")
     add("--batch-size", type=number(int, 1), help="of all processes together")
     add("--optimizer", choices=OPTIMIZERS)
     add("--lr", type=number(float, 0), help="the highest learning rate")
@@ -2860,10 +2860,10 @@ def check_arguments(args):
         why = "latent weights in so few bits would lose small updates"
         raise ValueError(f"--dtype {args.dtype} is for --mode ptq: {why}")
 
-    # Epochs in full precision are for methods that change the weights alone, and all at once.
+    # Epochs with real weights are for methods that then change all weights at once.
     if given.get("real_epochs"):
         why = "--init starts from a trained network"
-        if mode in ("fp32", "lsq", "xnor"):
+        if mode in ("fp32", "lsq"):
             raise ValueError(f"--real-epochs is not for {what}: {why}")
         if given.get("prune"):
             raise ValueError(f"--real-epochs is not for --prune: {why}")

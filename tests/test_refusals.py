@@ -55,7 +55,6 @@ IMPOSSIBLE = [
     ("--paper --mode lsq --dataset shapes", "not for --mode lsq"),
     ("--paper --lr 0 --dataset shapes", "--lr 0"),
     ("--mode lsq --real-epochs 1 --epochs 3", "not for --mode lsq"),
-    ("--mode xnor --real-epochs 1 --epochs 3", "not for --mode xnor"),
     ("--mode fp32 --real-epochs 1 --epochs 3", "not for --mode fp32"),
     ("--mode bc --real-epochs 1 --epochs 3 --prune 0.5", "not for --prune"),
     # files that are missing

@@ -1,5 +1,6 @@
 """Training on the command line, in this process: what a run prints, writes, and trains."""
 
+import copy
 import functools
 import json
 import subprocess
@@ -379,6 +380,21 @@ def test_the_first_epochs_may_be_in_full_precision_and_then_train_as_fp32_does(m
     validation = run.batches(job.data, "val")
     found = bcq.evaluate(job.model, weights, late["buffers"], validation)
     assert late["history"][1]["val_accuracy"] == found["accuracy"]
+
+
+def test_the_first_epochs_of_xnor_have_real_weights_and_binary_inputs():
+    job = job_of("--mode", "xnor", "--epochs", 2, "--real-epochs", 1)
+    state, step = run.initial_state(job), run.make_step(job)
+    x, labels = run.make_images(job)(0, 0, slice(None))
+    model = copy.deepcopy(job.model).train()
+    layers = [layer for name, layer in model.named_modules() if f"{name}.weight" in job.methods]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, x: torch.where(x[0] >= 0, 1.0, -1.0))
+    logits = torch.func.functional_call(model, {**job.params, **job.buffers}, x)
+    smoothing = job.config.smoothing
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+    _, metrics = step(state, 0.1)
+    torch.testing.assert_close(metrics["loss"], expected)
 
 
 # --- weights to start from, teachers, mixed images, pruning ---
