@@ -93,16 +93,18 @@ def gather(places):
 
 
 def without_folders(command):
-    """A command with the names of files alone: where they lie on a machine is nobody's business."""
+    """A command with the names of files alone: where they lie on a machine is nobody's business.
+
+    Networks keep the name of their folder, which another command made as its --out.
+    """
     words = []
     for word in shlex.split(command):
         flag, equals, value = word.rpartition("=")
-        if words and words[-1] == "--out":
-            words.pop()
-        elif word.startswith("tests/"):
+        if word.startswith("tests/"):
             words.append(word)
-        elif flag != "--out":
-            words.append(flag + equals + value.rpartition("/")[2])
+        else:
+            kept = 2 if value.endswith((".pth", ".bcq")) else 1
+            words.append(flag + equals + "/".join(value.rstrip("/").split("/")[-kept:]))
     return shlex.join(words)
 
 

@@ -6,6 +6,8 @@ Networks are those in deployed files (run.py --mode export and ptq, whose result
 gathered), trained on all training images but those held out. Published ones stand beside them.
 """
 
+import itertools
+import shlex
 import statistics
 from typing import NamedTuple
 
@@ -181,11 +183,44 @@ def draw(ours, dataset):
 
 
 def training_of(record, records):
-    """The command of the training whose network a record is of, or "" where it is not recorded."""
-    for other in records:
+    """The record of the training whose network a record is of, or None where there is none."""
+    for other in reversed(records):  # the latest says most
         if other["kind"] == "train" and other.get("config") == record["config"]:
-            return f"`{other['command']}`"
-    return ""
+            return other
+    return None
+
+
+def sources_of(training, records):
+    """The records of the trainings whose networks a training began with or learned from."""
+    words = shlex.split(training["command"])
+    folders = []
+    for flag, value in itertools.pairwise(words):
+        if flag in ("--init", "--teacher"):
+            folders.append(value.split("/")[0])
+    sources = []
+    for folder in folders:
+        for other in records:
+            made = other["kind"] == "train" and f"--out {folder} " in f"{other['command']} "
+            if made and other not in sources:
+                sources.append(other)
+    return sources
+
+
+def commands_of(record, records, shown):
+    """The commands that train a network, in their order; not those that make others that are shown.
+
+    shown: the records of the networks in the table, each with the command of its own.
+    """
+    training = training_of(record, records)
+    if not training:
+        return []
+    commands = []
+    configs = [other["config"] for other in shown]
+    for source in sources_of(training, records):
+        if source["config"] not in configs:
+            commands += commands_of(source, records, shown)
+    commands.append(training["command"])
+    return list(dict.fromkeys(commands))
 
 
 def architectures_table(points, records):
@@ -210,12 +245,14 @@ def architectures_table(points, records):
 def points_table(points, records, score):
     """The points of a picture, the most accurate first."""
     rows = []
+    shown = [record for point in points for record in point.records]
     name, key = score
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
         epochs = epochs_of(first, records)
         if "mixed" in point.name:
             epochs = "several"
+        commands = commands_of(first, records, shown)
         rows.append(
             [
                 point.name,
@@ -226,12 +263,11 @@ def points_table(points, records, score):
                 f"{point.size:,.0f}",
                 f"{point.operations:,.1f}",
                 f"{first[key]:.4f}",
-                training_of(first, records),
+                "<br>".join(f"`{command}`" for command in commands),
             ]
         )
     head = ["network", "test accuracy, %", "seeds", "epochs", "images"]
     head += ["file, kB", "operations, millions", name, "trained by"]
-    shown = [record for point in points for record in point.records]
     return [*table(head, rows), "", f"Exported on: {machines(shown)}"]
 
 
