@@ -147,14 +147,16 @@ PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a 
     "xnor": {"act": "hardtanh"},
     "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"epochs": 7, "lr": 0.05, "frozen": ()},
-    "residual bc": {
+    "residual": {
         "epochs": 30,
-        "real_epochs": 10,
         "batch_size": 250,
         "optimizer": "muon",
         "lr": 0.05,
         "norm_images": 5000,
     },
+    "residual fp32": {"lr": 0.1, "renorm": True, "bias_lr": 5.0},
+    "residual bc": {"real_epochs": 10},
+    "residual lsq": {"epochs": 15},
     "paper": {
         "epochs": 500,
         "batch_size": 50,
