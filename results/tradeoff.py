@@ -198,11 +198,10 @@ def sources_of(training, records):
         if flag in ("--init", "--teacher"):
             folders.append(value.split("/")[0])
     sources = []
-    for folder in folders:
-        for other in records:
-            made = other["kind"] == "train" and f"--out {folder} " in f"{other['command']} "
-            if made and other not in sources:
-                sources.append(other)
+    for folder in dict.fromkeys(folders):
+        made = f"--out {folder} "
+        own = [other for other in records if other["kind"] == "train"]
+        sources += [other for other in own if made in f"{other['command']} "][-1:]
     return sources
 
 

@@ -87,6 +87,20 @@ def test_the_network_in_results_has_the_bits_and_the_course_score_of_the_readme(
     assert path.stat().st_size < 100_000
 
 
+def test_the_1_bit_resnet20_in_results_has_8_bits_at_both_ends_and_the_score_of_the_page():
+    path = TOP / "results" / "resnet20-w1a8.bcq"
+    model, packed, buffers, _ = bcq.load_packed(path, models.resnet20)
+    cost = bcq.count_cost(model, packed, buffers)
+    layers = [row for row in cost if row.layer.endswith(".weight") and row.macs]
+    assert [row.w_bits for row in layers] == [8, *[1] * 18, 8]
+    assert {row.a_bits for row in layers} == {8}
+    weights = 268_336 - 432 - 640  # of the inner convolutions
+    by_hand = (weights + 8 * (432 + 640)) / 32 / 5.6e6 + 8 * 40_551_040 / 32 / 2.8e8
+    assert by_hand < bcq.course_score(cost) < by_hand + 4e-4  # and norms
+    assert f"{bcq.course_score(cost):.4f}" == "0.0381"
+    assert path.stat().st_size < 100_000
+
+
 # --- operations ---
 
 

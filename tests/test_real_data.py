@@ -53,7 +53,8 @@ def test_two_epochs_on_a_tenth_of_cifar10_are_far_above_chance(tmp_path):
     succeed(*words, "--out", tmp_path / "out")
 
 
-def test_the_network_in_results_is_right_on_about_nine_of_ten_test_images(data):
-    net = run.load_network(TOP / "results" / "fast-0.42-mixed.bcq", "cpu")
+@pytest.mark.parametrize("name", ["fast-0.42-mixed", "resnet20-w1a8"])
+def test_a_network_in_results_is_right_on_about_nine_of_ten_test_images(data, name):
+    net = run.load_network(TOP / "results" / f"{name}.bcq", "cpu")
     first = {**data, "test_x": data["test_x"][:1000], "test_y": data["test_y"][:1000]}
     assert 0.87 < run.test_network(net, first)["accuracy"] < 0.94
