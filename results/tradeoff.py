@@ -7,6 +7,7 @@ gathered), trained on all training images but those held out. Published ones sta
 """
 
 import itertools
+import math
 import shlex
 import statistics
 from typing import NamedTuple
@@ -41,9 +42,11 @@ SCORES = {  # of each data set: its name, and where a record has it
     "cifar10": ("course score", "course_score"),
     "cifar100": ("MicroNet score", "micronet_score"),
 }
-# where a name may stand, in points right of and above its dot; the first that is free is taken
-PLACES = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9), (0, 19), (0, -19)]
-PLACES += [(20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (0, -29)]
+# where a name may stand, in points right of and above its dot, from afar with a line; the first
+# that is free is taken
+NEAR = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9)]
+FAR = [(0, 19), (0, -19), (20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (0, -29)]
+FAR += [(20, 25), (20, -25), (-20, 25), (-20, -25), (0, 39), (0, -39), (20, 35), (20, -35)]
 AXES = {
     "size": "file, kB",
     "operations": "operations: multiply-accumulates x bits of the wider operand / 32, millions",
@@ -138,7 +141,7 @@ def write_labels(axes, points, key, color, boxes):
     """The name of each point beside it, where it covers none of the boxes; its own is added."""
     for point in sorted(points, key=Point.accuracy, reverse=True):
         place = (getattr(point, key), point.accuracy())
-        for right, up in PLACES:
+        for right, up in NEAR + FAR:
             words = {"textcoords": "offset points", "fontsize": 8, "color": color, "va": "center"}
             words["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
             words["ha"] = "center"
@@ -154,12 +157,16 @@ def write_labels(axes, points, key, color, boxes):
             print(f"no room for the name of {point.name}")
             continue
         boxes.append(box)
+        if (right, up) in FAR:
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+            far = (right, up - math.copysign(4, up))
+            axes.annotate("", place, xytext=far, textcoords="offset points", arrowprops=line)
 
 
 def draw(ours, dataset):
     """Accuracy against both costs: ours in colour, with the Pareto front, the published in grey."""
     others = published_points(dataset)
-    figure, both = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    figure, both = plt.subplots(1, 2, figsize=(13, 8), sharey=True, layout="constrained")
     for axes, key in zip(both, AXES):
         for points, color, label in ((others, "0.6", "published"), (ours, "C0", "here")):
             axes.plot(*zip(*places(points, key)), "o", color=color, markersize=5, label=label)
