@@ -8,6 +8,7 @@ added again. Then the marked parts of results/README.md and of README.md, comman
 are written anew from all the lines.
 """
 
+import itertools
 import json
 import shlex
 import statistics
@@ -230,27 +231,40 @@ def milliseconds(group, key):
     return 1e3 * statistics.median(record[key] for record in group)
 
 
+def training_of(record, records):
+    """The record of the training whose network a record is of, or None where there is none."""
+    for other in reversed(records):  # the latest says most
+        if other["kind"] == "train" and other.get("config") == record["config"]:
+            return other
+    return None
+
+
+def sources_of(training, records, flags):
+    """The records of the trainings whose networks a training took, after one of the flags."""
+    sources = []
+    for flag, value in itertools.pairwise(shlex.split(training["command"])):
+        if flag in flags:
+            made = f"--out {value.split('/')[0]} "
+            own = [other for other in records if other["kind"] == "train"]
+            sources += [other for other in own if made in f"{other['command']} "][-1:]
+    return sources
+
+
 def epochs_of(record, records):
-    """The epochs of a network's training, those of the fp32 network it began from included."""
+    """The epochs of a network's training, after those of the trainings that it began from."""
     words = str(record["epochs"])
-    real = setting(record, "real_epochs")
-    if real:
-        words += f", {real} in full precision"
+    if setting(record, "real_epochs"):
+        words += f", {setting(record, 'real_epochs')} in full precision"
     if not setting(record, "init"):
         return words
-
-    def same_network(other):
-        keys = ("dataset", "model", "width", "device_name")
-        return all(other.get(key) == record[key] for key in keys)
-
-    before = [
-        other
-        for other in records[: records.index(record)]
-        if other["kind"] == "train" and other["mode"] == "fp32" and same_network(other)
-    ]
-    if before:
-        words = f"{before[-1]['epochs']} in fp32 + {words}"
-    return words
+    training = training_of(record, records)
+    before = sources_of(training, records, ["--init"]) if training else []
+    if not before:
+        return f"another training's + {words}"
+    earlier = epochs_of(before[0], records)
+    if before[0]["mode"] == "fp32":
+        earlier += " in fp32"
+    return f"{earlier} + {words}"
 
 
 def in_words(rows, key):
@@ -474,14 +488,11 @@ def best_scores(records):
             networks[record["mode"], record["model"], record["width"], bits] = record
     rows = []
     for record in sorted(networks.values(), key=itemgetter("course_score"))[:3]:
-        epochs = epochs_of(record, records)
-        if "=" in str(setting(record, "w_bits")):
-            epochs = "below"
         rows.append(
             [
                 f"{record['mode']}, `{record['model']}` of width {record['width']}",
                 f"{100 * record['test_accuracy']:.2f}",
-                epochs,
+                epochs_of(record, records),
                 f"{record['w_bits']}, {record['a_bits']}",
                 f"{record['file_bytes']:,}",
                 f"{record['course_score']:.5f}",

@@ -6,15 +6,13 @@ Networks are those in deployed files (run.py --mode export and ptq, whose result
 gathered), trained on all training images but those held out. Published ones stand beside them.
 """
 
-import itertools
 import math
-import shlex
 import statistics
 from typing import NamedTuple
 
 from matplotlib.transforms import Bbox
-from tables import HERE, RECORDS, epochs_of, machines, mean_and_deviation
-from tables import plt, read_lines, rewrite, run, table
+from tables import HERE, RECORDS, epochs_of, machines, mean_and_deviation, plt, read_lines
+from tables import rewrite, run, sources_of, table, training_of
 
 # name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
 PUBLISHED = {
@@ -69,6 +67,8 @@ class Point(NamedTuple):
 def method_name(record):
     """The method of a network, with its bits where it takes any."""
     name = record["method"]
+    if name == "w1a8":
+        name = "bc, int8 inputs"
     if name == "lsq":
         name = f"W{record['w_bits']}A{record['a_bits']}"
         if "=" in str(record["config"]["w_bits"]):
@@ -168,9 +168,14 @@ def draw(ours, dataset):
     others = published_points(dataset)
     figure, both = plt.subplots(1, 2, figsize=(13, 8), sharey=True, layout="constrained")
     for axes, key in zip(both, AXES):
-        for points, color, label in ((others, "0.6", "published"), (ours, "C0", "here")):
-            axes.plot(*zip(*places(points, key)), "o", color=color, markersize=5, label=label)
+        axes.plot(*zip(*places(others, key)), "o", color="0.75", markersize=7, label="published")
+        axes.plot(
+            *zip(*places(ours, key)), "o", color="C0", mfc="white", markersize=5, label="here"
+        )
         front = run.pareto_front(places(ours, key))
+        axes.plot(
+            *zip(*front), "o", color="C0", markersize=5, label="here, and none better for less"
+        )
         axes.plot(*zip(*front), drawstyle="steps-post", color="C0", linewidth=1, alpha=0.6)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
@@ -189,29 +194,6 @@ def draw(ours, dataset):
     plt.close(figure)
 
 
-def training_of(record, records):
-    """The record of the training whose network a record is of, or None where there is none."""
-    for other in reversed(records):  # the latest says most
-        if other["kind"] == "train" and other.get("config") == record["config"]:
-            return other
-    return None
-
-
-def sources_of(training, records):
-    """The records of the trainings whose networks a training began with or learned from."""
-    words = shlex.split(training["command"])
-    folders = []
-    for flag, value in itertools.pairwise(words):
-        if flag in ("--init", "--teacher"):
-            folders.append(value.split("/")[0])
-    sources = []
-    for folder in dict.fromkeys(folders):
-        made = f"--out {folder} "
-        own = [other for other in records if other["kind"] == "train"]
-        sources += [other for other in own if made in f"{other['command']} "][-1:]
-    return sources
-
-
 def commands_of(record, records, shown):
     """The commands that train a network, in their order; not those that make others that are shown.
 
@@ -222,7 +204,7 @@ def commands_of(record, records, shown):
         return []
     commands = []
     configs = [other["config"] for other in shown]
-    for source in sources_of(training, records):
+    for source in sources_of(training, records, ["--init", "--teacher"]):
         if source["config"] not in configs:
             commands += commands_of(source, records, shown)
     commands.append(training["command"])
@@ -255,16 +237,13 @@ def points_table(points, records, score):
     name, key = score
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
-        epochs = epochs_of(first, records)
-        if "mixed" in point.name:
-            epochs = "several"
         commands = commands_of(first, records, shown)
         rows.append(
             [
                 point.name,
                 mean_and_deviation(point.accuracies, "{:.2f}"),
                 str(len(point.accuracies)),
-                epochs,
+                epochs_of(first, records),
                 f"{first['train_images']:,}",
                 f"{point.size:,.0f}",
                 f"{point.operations:,.1f}",
