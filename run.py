@@ -145,6 +145,7 @@ PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a 
     # Latent weights that come near the bound are drawn with clear probabilities.
     "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
     "xnor": {"act": "hardtanh"},
+    "fast xnor": {"epochs": 14, "real_epochs": 6},
     "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"epochs": 7, "lr": 0.05, "frozen": ()},
     "residual": {

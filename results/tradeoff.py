@@ -45,6 +45,7 @@ SCORES = {  # of each data set: its name, and where a record has it
 NEAR = [(6, 0), (-6, 0), (0, 9), (0, -9), (6, 9), (-6, 9), (6, -9), (-6, -9)]
 FAR = [(0, 19), (0, -19), (20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (0, -29)]
 FAR += [(20, 25), (20, -25), (-20, 25), (-20, -25), (0, 39), (0, -39), (20, 35), (20, -35)]
+FLOORS = {"cifar10": 87.5, "cifar100": 64}  # in percent; networks below are named without a dot
 AXES = {
     "size": "file, kB",
     "operations": "operations: multiply-accumulates x bits of the wider operand / 32, millions",
@@ -166,6 +167,8 @@ def write_labels(axes, points, key, color, boxes):
 def draw(ours, dataset):
     """Accuracy against both costs: ours in colour, with the Pareto front, the published in grey."""
     others = published_points(dataset)
+    below = [f"{p.name} {p.accuracy():.1f}" for p in ours if p.accuracy() < FLOORS[dataset]]
+    ours = [point for point in ours if point.accuracy() >= FLOORS[dataset]]
     figure, both = plt.subplots(1, 2, figsize=(13, 8), sharey=True, layout="constrained")
     for axes, key in zip(both, AXES):
         axes.plot(*zip(*places(others, key)), "o", color="0.75", markersize=7, label="published")
@@ -184,6 +187,9 @@ def draw(ours, dataset):
         axes.grid(alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     both[0].legend(loc="lower right", frameon=False)
+    if below:
+        words = "below: " + ", ".join(below)
+        both[1].text(0.98, 0.02, words, color="C0", ha="right", transform=both[1].transAxes)
     both[0].set_ylabel(f"test accuracy on {NAMES[dataset]}, %")
     figure.canvas.draw()  # where the dots are is known from here on
     for axes, key in zip(both, AXES):
