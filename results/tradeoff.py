@@ -200,14 +200,11 @@ def draw(ours, dataset):
     plt.close(figure)
 
 
-def commands_of(record, records, shown):
-    """The commands that train a network, in their order; not those that make others that are shown.
+def commands_of(training, records, shown):
+    """The commands up to a training, in their order; not those that make others that are shown.
 
     shown: the records of the networks in the table, each with the command of its own.
     """
-    training = training_of(record, records)
-    if not training:
-        return []
     commands = []
     configs = [other["config"] for other in shown]
     for source in sources_of(training, records, ["--init", "--teacher"]):
@@ -243,7 +240,8 @@ def points_table(points, records, score):
     name, key = score
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
-        commands = commands_of(first, records, shown)
+        training = training_of(first, records)
+        commands = commands_of(training, records, shown) if training else []
         rows.append(
             [
                 point.name,

@@ -169,6 +169,29 @@ def test_the_table_of_architectures_has_a_row_for_each_network_with_two_untaught
     assert cells[4:6] == ["90.00 (7)", "80.00 (7)"]
 
 
+def test_a_networks_commands_and_epochs_are_those_of_the_whole_chain_of_trainings():
+    sys.path.insert(0, str(TOP / "results"))
+    import tables
+    import tradeoff
+
+    def training(mode, epochs, flags, init=None):
+        row = {"kind": "train", "mode": mode, "epochs": epochs, "command": f"python run.py {flags}"}
+        return {**row, "config": {"epochs": epochs, "init": init}}
+
+    teacher = training("fp32", 9, "--out T")
+    first = training("fp32", 8, "--teacher T/model.pth --out A")
+    second = training("lsq", 7, "--init A/model.pth --teacher T/model.pth --out B", "model.pth")
+    third = training("lsq", 5, "--init B/model.pth --out C", "model.pth")
+    records = [training("fp32", 3, "--out A"), teacher, first, second, third]  # A was made anew
+    assert tables.epochs_of({**third, "kind": "export"}, records) == "8 in fp32 + 7 + 5"
+    commands = [row["command"] for row in (teacher, first, second, third)]
+    assert tradeoff.commands_of(third, records, []) == commands
+    assert tradeoff.commands_of(third, records, [teacher]) == commands[1:]
+    assert tables.without_folders("run.py --init ../A/model.pth --out x/B/") == (
+        "run.py --init A/model.pth --out B"
+    )
+
+
 @pytest.mark.parametrize(
     "model, width, name",
     [("fast", 1, "bc"), ("fast", 0.5, "bc x0.5"), ("fast_wide", 1, "bc fast_wide")],
