@@ -148,16 +148,16 @@ PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a 
     "fast xnor": {"epochs": 14, "real_epochs": 6},
     "lsq": {"w_bits": "4", "a_bits": "4"},
     "fast lsq": {"epochs": 7, "lr": 0.05, "frozen": ()},
-    "residual": {
+    "resnet20": {
         "epochs": 30,
         "batch_size": 250,
         "optimizer": "muon",
         "lr": 0.05,
         "norm_images": 5000,
     },
-    "residual fp32": {"lr": 0.1, "renorm": True, "bias_lr": 5.0},
-    "residual bc": {"real_epochs": 10},
-    "residual lsq": {"epochs": 15},
+    "resnet20 fp32": {"lr": 0.1, "renorm": True, "bias_lr": 5.0},
+    "resnet20 bc": {"real_epochs": 10},
+    "resnet20 lsq": {"epochs": 15},
     "paper": {
         "epochs": 500,
         "batch_size": 50,
@@ -173,10 +173,10 @@ PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a 
 }
 RELATIVES = {  # networks that take the rows of another name
     "fast_wide": "fast",
-    "resnet20": "residual",
-    "resnet18": "residual",
-    "wrn": "residual",
-    "mobilenetv2": "residual",
+    "resnet18": "resnet20",
+    "wrn": "resnet20",
+    "mobilenetv2": "resnet20",
+    "vgg_small": "resnet20",
 }
 METHODS = {  # by --mode
     "fp32": None,
