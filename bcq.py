@@ -1092,9 +1092,9 @@ def int_mm(a, b):
     if a.shape[1] == 1:  # on a CPU it reads beyond such a weight
         a = F.pad(a, (0, 1))
         b = F.pad(b, (0, 0, 0, 1))
-    if a.is_cuda:  # there it wants k and n to be multiples of 8, and m above 16
-        a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - m)))
-        b = F.pad(b, (0, -n % 8, 0, -b.shape[0] % 8))
+    if a.is_cuda:  # there it wants k and n to be multiples of 8, m above 16, and columns in a row
+        a = F.pad(a, (0, -a.shape[1] % 8, 0, max(0, 17 - m))).contiguous()
+        b = F.pad(b.T, (0, -b.shape[0] % 8, 0, -n % 8)).contiguous().T
     return torch._int_mm(a, b)[:m, :n]
 
 

@@ -650,6 +650,10 @@ def choose_device(name=None, threads=None, processes=1):
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, as in products of matrices
     if device.type == "cpu":
         keep_memory()
+    if device.type == "cuda":  # the same bits at each run: a resumed one ends as a whole one does
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return device
 
 

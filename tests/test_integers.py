@@ -53,6 +53,28 @@ def test_a_kernel_that_saturates_or_is_not_there_is_not_used():
 # --- the products ---
 
 
+class OnCuda(torch.Tensor):
+    """A tensor of the CPU that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("m, k, n", [(961, 12, 30), (3, 16, 8), (1922, 16, 32), (32, 1, 10)])
+@pytest.mark.parametrize("rows_in_a_row", [False, True])
+def test_on_cuda_matrices_of_int8_have_the_sizes_and_the_layout_that_cublas_takes(
+    m, k, n, rows_in_a_row, monkeypatch
+):
+    def cublas(a, b):
+        assert len(a) > 16 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0
+        assert a.stride() == (a.shape[1], 1) and b.stride() == (1, len(b))
+        return (a.double() @ b.double()).int()
+
+    monkeypatch.setattr(torch, "_int_mm", cublas)
+    a, b = random_int8(m, k).as_subclass(OnCuda), random_int8(n, k).T
+    found = bcq.int_mm(a, b.contiguous() if rows_in_a_row else b)
+    assert torch.equal(found, (a.double() @ b.double()).int())
+
+
 def convolution_in_int64(q, w, zero_point, stride, padding, dilation, groups):
     """Window by window and product by product, in int64, from the definition."""
     (top, left), (out, per_group, kh, kw) = padding, w.shape

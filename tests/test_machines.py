@@ -94,6 +94,18 @@ def test_a_torch_that_does_not_compile_whole_steps_says_so_before_the_training(m
 # --- kernels that a device has not got ---
 
 
+def test_on_cuda_algorithms_are_those_that_give_the_same_bits_at_each_run(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))  # there is no GPU
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        run.choose_device("cuda", threads=1)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_sums_of_integers_are_exact_on_a_device_without_int8_products_and_float64(monkeypatch):
     q = torch.randint(0, 256, (2, 6, 5, 5), dtype=torch.uint8)
     w = torch.randint(-128, 128, (4, 6, 3, 3)).to(torch.int8)
