@@ -143,7 +143,13 @@ PRESETS = {  # the rows of a model or its RELATIVES, of all low-bit modes, of a 
     "fast bwn-he": {"epochs": 7, "real_epochs": 3},
     "fast ternary": {"epochs": 7, "real_epochs": 3},
     # Latent weights that come near the bound are drawn with clear probabilities.
-    "fast bc-stochastic": {"lr": 2.0, "rest_lr": 0.375, "bias_lr": 0.375},
+    "fast bc-stochastic": {
+        "epochs": 9,
+        "real_epochs": 3,
+        "lr": 2.0,
+        "rest_lr": 0.375,
+        "bias_lr": 0.375,
+    },
     "xnor": {"act": "hardtanh"},
     "fast xnor": {"epochs": 14, "real_epochs": 6},
     "lsq": {"w_bits": "4", "a_bits": "4"},

@@ -88,13 +88,16 @@ def network_name(record):
 
 
 def short_name(record):
-    """The method, the network where it is not `fast` as it is, and whether it had a teacher."""
+    """The method, the network where it is not `fast` as it is, whether it had a teacher, and
+    whether no training images were held out."""
     network = network_name(record)
     if record["model"] == "fast":
         network = network.removeprefix("fast").strip()
     name = f"{method_name(record)} {network}".strip()
     if record["config"].get("teacher"):
         name += ", taught"
+    if not record["val_images"]:
+        name += ", all images"
     return name
 
 
