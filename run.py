@@ -200,6 +200,9 @@ BITS = {"bc": 1, "bc-stochastic": 1, "bwn": 1, "bwn-he": 1, "xnor": 1, "ternary"
 def preset(mode, model, paper=False, **flags):
     """The name of a preset, and the fields of Config that it and the flags set."""
     name = f"{model} {mode}"
+    known = {row.split()[0] for row in PRESETS} | set(RELATIVES)
+    if mode != "fp32" and model not in known:  # SGD hardly flips a sign
+        model = "resnet20"
     model = RELATIVES.get(model, model)
     rows = [model, "low-bit", mode, f"{model} {mode}"]
     if mode == "fp32":
@@ -438,7 +441,7 @@ def load_data(dataset, data_dir, classes=None):
         order = torch.randperm(len(data["train_x"]), generator=torch.Generator().manual_seed(0))
         pixels = data["train_x"][order[:10_000]].double() / 255
         data["mean"] = pixels.mean((0, 2, 3)).tolist()
-        data["std"] = pixels.std((0, 2, 3)).tolist()
+        data["std"] = pixels.std((0, 2, 3)).clamp(min=1 / 255).tolist()  # one colour is no fault
     return data
 
 
@@ -1650,7 +1653,7 @@ ADVICE = "try a lower --lr, or --dtype fp32; the last good checkpoint is kept"
 def train_epoch(job, step, state, noted):
     """The state at the end of the epoch, or at a step where a signal is noted.
 
-    Raises ValueError where the loss, or a weight at the end, is not finite.
+    Raises ValueError where the loss, or a weight or a buffer at the end, is not finite.
     """
     every = 1 if job.device.type == "cpu" else 25  # asking a GPU for its losses makes it wait
     hidden = not sys.stderr.isatty() or job.world.rank > 0
@@ -1669,8 +1672,10 @@ def train_epoch(job, step, state, noted):
             if is_stopped(job, noted):
                 break
 
-    for name, w in state["params"].items():
-        if name not in job.config.frozen and not w.isfinite().all():
+    whole = {name: w.isfinite() for name, w in state["params"].items()}
+    whole |= {name: ~b.isnan() for name, b in state["buffers"].items()}  # a mask may hold -inf
+    for name, numbers in whole.items():
+        if name not in job.config.frozen and not numbers.all():
             here = f"epoch {state['epoch'] + 1}, after step {state['step']}"
             raise ValueError(f"{here}: {name} is not finite; {ADVICE}")
     return {**state, "buffers": average_buffers(state["buffers"], job.world)}
@@ -2303,15 +2308,15 @@ def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
     input_bits = spread_bits(names, a_bits)
 
     usual, _ = Counter(bits.values()).most_common(1)[0]  # of so many layers
-    name = f"w{w_bits or usual}a{a_bits}"
+    name = f"w{w_bits or usual}"
+    if inputs != "real":
+        name += f"a{a_bits}"
     if name == "w8a8":
         name = "int8"
-    if inputs == "real":
-        name = name.rpartition("a")[0]
-    elif inputs == "dynamic":
+    if inputs == "dynamic":
         name += "-dynamic"
         grids = {name: (b, 0) for name, b in input_bits.items()}
-    else:
+    elif inputs == "static":
         fit = {"min-max": bcq.min_max, "min-mse": bcq.min_mse}[fit]
         own = torch.Generator().manual_seed(0)
         rows = torch.randperm(len(data["train_y"]), generator=own)[:1000]
@@ -2869,6 +2874,10 @@ def check_arguments(args):
         raise ValueError(f"{what} needs --dtype fp16, bf16 or int8")
     if mode == "ptq" and "fit" in given and args.inputs != "static":
         raise ValueError(f"--fit is for --inputs static, not {args.inputs}")
+    if mode == "ptq" and "a_bits" in given and args.inputs == "real":
+        raise ValueError("--a-bits is for --inputs static or dynamic, not real")
+    if 0 in given.get("std", ()):
+        raise ValueError("--std: images are divided by it, so it is not 0")
     if mode != "ptq" and args.dtype in ("fp16", "int8"):
         why = "latent weights in so few bits would lose small updates"
         raise ValueError(f"--dtype {args.dtype} is for --mode ptq: {why}")

@@ -272,20 +272,22 @@ def in_words(rows, key):
     return ", ".join(sorted({str(row[key]) for row in rows}))
 
 
+def threads_of(rows):
+    """How many threads the programs behind rows had, in words."""
+    threads = in_words(rows, "threads")
+    if threads == "1":
+        return "1 thread"
+    return f"{threads} threads"
+
+
 def machines(rows):
     """What the figures of rows were measured with, machine by machine."""
     parts = []
     for name in dict.fromkeys(row["device_name"] for row in rows):
         own = [row for row in rows if row["device_name"] == name]
-        threads = in_words(own, "threads")
-        if threads == "1":
-            threads += " thread"
-        else:
-            threads += " threads"
         commits, dates = in_words(own, "commit"), in_words(own, "date")
-        parts.append(
-            f"{name}, {threads}, torch {in_words(own, 'torch')}, commit {commits}, {dates}"
-        )
+        versions = f"torch {in_words(own, 'torch')}, commit {commits}, {dates}"
+        parts.append(f"{name}, {threads_of(own)}, {versions}")
     return "; ".join(parts) + "."
 
 
@@ -324,13 +326,15 @@ def small_table(records):
     head = ["method", "test accuracy, %", "bits of weights, inputs", "file, kB", "times smaller"]
     epochs = {name: groups[name][0]["epochs"] for name in SMALL}
     seeds = len(groups["bc"])
+    converted = groups["fp32"][0]["test_accuracy"]
     note = (
         "CIFAR-10, the network `fast` (2.0 million weights); the paper's has 14 million. Accuracy "
         "and size are those of the network in the deployed file. "
-        f"+- is the standard deviation over {seeds} seeds; the others are of one. bc trains for "
+        f"+- is the standard deviation over {seeds} seeds; the others are of one. int8 and lsq are "
+        f"of the fp32 network of seed 0, which has {100 * converted:.2f}. bc trains for "
         f"{epochs['bc']} epochs, ternary for {epochs['ternary']}, some of them in full precision. "
         f"fp32 trains for {epochs['fp32']}, and lsq for {epochs['lsq W4A4, from fp32']} from fp32's "
-        "weights."
+        "weights. lsq keeps 8 bits in its first and last layer."
     )
     return [*table(head, rows), "", *textwrap.wrap(note, 120)]
 
@@ -360,13 +364,15 @@ def accuracy_table(records):
     head += ["bits of weights, inputs", "full-precision layers"]
     head += ["file, kB", "times smaller than fp32"]
     shown = [record for group in groups.values() for record in group]
+    trainings = list(filter(None, (training_of(record, records) for record in shown)))
     first = shown[0]
     note = (
         "CIFAR-10, 10,000 test images, last epoch. Accuracy and size are those of the network in "
         f"the deployed file. `fast` has {first['parameters']:,} parameters and {first['macs']:,} "
         "multiply-accumulates. An empty cell was not measured. "
         f"Batch {in_words(shown, 'batch')}; {first['train_images']:,} "
-        f"training images, {first['val_images']:,} held out; trained in bf16. {machines(shown)}"
+        f"training images, {first['val_images']:,} held out; trained in bf16. "
+        f"Trained on: {machines(trainings)} Exported on: {machines(shown)}"
     )
     return [*table(head, rows), "", note]
 
@@ -406,7 +412,7 @@ def training_table(records):
         if name == "lsq":
             name += f" W{first['w_bits']}A{first['a_bits']}"
         epochs = epochs_of(first, records)
-        machine = f"{first['device_name']}, {first['threads']} threads"
+        machine = f"{first['device_name']}, {threads_of([first])}"
         seconds = mean_and_deviation(seconds, "{:.0f}")
         rows.append([name, epochs, str(len(group)), seconds, machine])
     lines = table(["mode", "epochs", "seeds", "last training, s", "on"], rows)
@@ -430,7 +436,7 @@ def time_to_accuracy(records):
         if first["mode"] != "bc":
             continue
         shown += group
-        machine = f"{first['device_name']}, {first['threads']} threads, {first['dtype']}"
+        machine = f"{first['device_name']}, {threads_of([first])}, {first['dtype']}"
         seconds = mean_and_deviation([record["train_seconds"] for record in group], "{:.0f}")
         epochs = epochs_of(first, records)
         rows.append([machine, epochs, str(len(group)), seconds, accuracy_of(group)])

@@ -47,7 +47,7 @@ FAR = [(0, 19), (0, -19), (20, 15), (20, -15), (-20, 15), (-20, -15), (0, 29), (
 FAR += [(20, 25), (20, -25), (-20, 25), (-20, -25), (0, 39), (0, -39), (20, 35), (20, -35)]
 FAR += [(0, -49), (20, -45), (-20, -45), (0, -59)]
 FLOORS = {"cifar10": 88, "cifar100": 64}  # in percent; networks below are named without a dot
-HIDDEN = ("int8-dynamic", "bwn")  # not drawn: they stand where int8 and bc do
+HIDDEN = ("int8-dynamic", "bwn")  # not drawn: int8 and bc of CIFAR-10 stand there
 AXES = {
     "size": "file, kB",
     "operations": "operations: multiply-accumulates x bits of the wider operand / 32, millions",
@@ -96,7 +96,7 @@ def short_name(record):
     name = f"{method_name(record)} {network}".strip()
     if record["config"].get("teacher"):
         name += ", taught"
-    if not record["val_images"]:
+    if record.get("val_images") == 0:
         name += ", all images"
     return name
 
@@ -172,7 +172,7 @@ def write_labels(axes, points, key, color, boxes):
 def draw(ours, dataset):
     """Accuracy against both costs: ours in colour, with the Pareto front, the published in grey."""
     others = published_points(dataset)
-    ours = [point for point in ours if not point.name.startswith(HIDDEN)]
+    ours = [point for point in ours if point.name not in HIDDEN]
     low = [point for point in ours if point.accuracy() < FLOORS[dataset]]
     below = [f"{p.name} {p.accuracy():.1f}" for p in sorted(low, key=Point.accuracy, reverse=True)]
     ours = [point for point in ours if point.accuracy() >= FLOORS[dataset]]
@@ -222,12 +222,14 @@ def commands_of(training, records, shown):
 
 
 def architectures_table(points, records):
-    """What fp32, bc and two lsq reach on each network that has two of them, without a teacher."""
+    """What fp32, bc and two lsq reach on each network that has two of them, without a teacher and
+    with images held out."""
     methods = ("fp32", "bc", "W4A4", "W2A2")
     networks = {}
     for point in points:
         first = point.records[0]
-        if method_name(first) in methods and not first["config"].get("teacher"):
+        alike = not first["config"].get("teacher") and first.get("val_images") != 0
+        if method_name(first) in methods and alike:
             network = [NAMES[first["dataset"]], f"`{network_name(first)}`"]
             network += [f"{first['parameters']:,}", f"{first['macs'] / 1e6:.1f}"]
             reached = f"{point.accuracy():.2f} ({epochs_of(first, records)})"

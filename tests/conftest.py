@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-if not os.environ.get("BCQ_CUDA"):  # before torch looks for it, here and in commands that tests run
+# Before torch looks for it, here and in the commands that tests run.
+if os.environ.get("BCQ_CUDA") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch  # noqa: E402

@@ -205,6 +205,7 @@ def test_a_dot_has_the_name_of_its_method_and_of_a_network_that_is_not_the_usual
     row = {**deployed(0, 7, 0.9, 1, 1), "model": model, "width": width}
     assert tradeoff.short_name(row) == name
     assert tradeoff.short_name({**row, "config": {"teacher": "A.pth"}}) == f"{name}, taught"
+    assert tradeoff.short_name({**row, "val_images": 0}) == f"{name}, all images"
 
 
 def test_the_page_of_both_costs_shows_the_longest_training_and_no_beaten_network_on_the_line():

@@ -126,6 +126,14 @@ def test_images_are_normalised_to_mean_0_and_deviation_1_by_the_data_sets_own_st
     assert x.is_contiguous()
 
 
+def test_images_of_one_colour_are_prepared_as_numbers(monkeypatch):
+    images, labels = torch.full((6, 3, 32, 32), 7, dtype=torch.uint8), torch.arange(6) % 2
+    data = {"name": "mine", "classes": ["a", "b"], "train_x": images, "train_y": labels}
+    data |= {"test_x": images, "test_y": labels}
+    monkeypatch.setattr(run, "find_data", lambda *_: data)
+    assert run.prepare(images, run.load_data("tests", "none")).abs().max() < 1e-3
+
+
 def test_the_statistics_of_a_folder_are_of_all_its_classes_though_it_is_read_class_by_class(
     monkeypatch,
 ):

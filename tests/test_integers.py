@@ -70,7 +70,7 @@ def test_on_cuda_matrices_of_int8_have_the_sizes_and_the_layout_that_cublas_take
         return (a.double() @ b.double()).int()
 
     monkeypatch.setattr(torch, "_int_mm", cublas)
-    a, b = random_int8(m, k).as_subclass(OnCuda), random_int8(n, k).T
+    a, b = random_int8(k, m).T.as_subclass(OnCuda), random_int8(n, k).T
     found = bcq.int_mm(a, b.contiguous() if rows_in_a_row else b)
     assert torch.equal(found, (a.double() @ b.double()).int())
 

@@ -99,11 +99,16 @@ def test_on_cuda_algorithms_are_those_that_give_the_same_bits_at_each_run(monkey
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
+        run.choose_device("cpu", threads=1)
+        assert not torch.are_deterministic_algorithms_enabled()
         run.choose_device("cuda", threads=1)
         assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # a network may have no other
+        assert not torch.utils.deterministic.fill_uninitialized_memory
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_sums_of_integers_are_exact_on_a_device_without_int8_products_and_float64(monkeypatch):

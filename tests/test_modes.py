@@ -73,6 +73,7 @@ def test_a_network_in_half_precision_is_taken_by_every_mode_that_reads_one(fp32_
         (["--inputs", "static", "--fit", "min-max"], "int8", (8, 8)),
         (["--inputs", "dynamic"], "int8-dynamic", (8, 8)),
         (["--inputs", "real", "--w-bits", "5"], "w5", (5, 32)),
+        (["--inputs", "real"], "w8", (8, 32)),
     ],
 )
 def test_conversions_to_integers_are_measured_from_their_files(
@@ -88,6 +89,12 @@ def test_conversions_to_integers_are_measured_from_their_files(
     assert result["file_bytes"] < result["fp32_file_bytes"] / 2
     file = tmp_path / f"model-{name}.bcq"
     succeed("--mode", "eval", "--checkpoint", file, "--expect", result["test_accuracy"])
+
+
+def test_inputs_that_stay_real_take_no_bits_and_images_no_deviation_of_0(fp32_run):
+    words = ["--mode", "ptq", "--dtype", "int8", "--checkpoint", fp32_run / "model.pth"]
+    assert_refused(call(*words, "--inputs", "real", "--a-bits", "4"), "--a-bits is for --inputs")
+    assert_refused(call(*words, "--std", "1,0,1"), "--std: images are divided by it")
 
 
 @pytest.mark.parametrize("more, fit", [([], "min_mse"), (["--fit", "min-max"], "min_max")])

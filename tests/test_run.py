@@ -302,7 +302,16 @@ def test_a_relative_of_a_network_has_its_presets(name, mode):
     _, own = run.preset(mode, name)
     _, other = run.preset(mode, run.RELATIVES[name])
     assert own == other
-    assert other != run.preset(mode, "net.py:Net")[1]
+
+
+@pytest.mark.parametrize("name", ["net.py:Net", "vgg_bc", "vgg_small"])
+@pytest.mark.parametrize("mode", run.BITS)
+def test_a_network_without_presets_takes_those_of_resnet20_where_weights_have_few_bits(name, mode):
+    assert run.preset(mode, name)[1] == run.preset(mode, "resnet20")[1]
+
+
+def test_a_network_without_presets_trains_by_sgd_in_full_precision():
+    assert run.preset("fp32", "net.py:Net")[1] == run.OPTIMIZERS["sgd"]
 
 
 def test_another_optimizer_brings_its_own_learning_rate_and_a_flag_goes_before_any_preset():
@@ -694,6 +703,19 @@ def test_weights_that_the_last_update_made_no_numbers_stop_the_run_too():
 
     with pytest.raises(ValueError, match="epoch 1, after step 1: .* not finite"):
         run.train_epoch(job, too_far, run.initial_state(job), [])
+
+
+def test_statistics_that_became_no_numbers_stop_the_run_too():
+    job = job_of("--mode", "fp32", "--batch-size", "300")
+    step = run.make_step(job)
+
+    def overflows(state, lr):
+        state, metrics = step(state, lr)
+        buffers = {name: b * float("nan") for name, b in state["buffers"].items()}
+        return {**state, "buffers": buffers}, metrics
+
+    with pytest.raises(ValueError, match="epoch 1, after step 1: .*running_mean is not finite"):
+        run.train_epoch(job, overflows, run.initial_state(job), [])
 
 
 # --- diagnostics ---
