@@ -2752,6 +2752,7 @@ def build_parser():
         table += f"  {name:18} {', '.join(f'{key} {value}' for key, value in row.items())}\n"
     for name, other in RELATIVES.items():
         table += f"  {name:18} as {other}\n"
+    table += f"  {'(any other)':18} as resnet20 in few bits, as (sgd) in fp32\n"
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     style |= {"argument_default": argparse.SUPPRESS, "usage": "run.py [FLAGS]"}
     parser = Parser(description=__doc__, epilog=table, **style)
