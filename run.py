@@ -200,10 +200,9 @@ BITS = {"bc": 1, "bc-stochastic": 1, "bwn": 1, "bwn-he": 1, "xnor": 1, "ternary"
 def preset(mode, model, paper=False, **flags):
     """The name of a preset, and the fields of Config that it and the flags set."""
     name = f"{model} {mode}"
-    known = {row.split()[0] for row in PRESETS} | set(RELATIVES)
-    if mode != "fp32" and model not in known:  # SGD hardly flips a sign
-        model = "resnet20"
     model = RELATIVES.get(model, model)
+    if mode != "fp32" and model not in PRESETS:  # SGD at its usual rate hardly flips a sign
+        model = "resnet20"
     rows = [model, "low-bit", mode, f"{model} {mode}"]
     if mode == "fp32":
         rows = [model, f"{model} {mode}"]
@@ -2878,7 +2877,7 @@ def check_arguments(args):
     if mode == "ptq" and "a_bits" in given and args.inputs == "real":
         raise ValueError("--a-bits is for --inputs static or dynamic, not real")
     if 0 in given.get("std", ()):
-        raise ValueError("--std: images are divided by it, so it is not 0")
+        raise ValueError("--std: images are divided by it; give three positive numbers")
     if mode != "ptq" and args.dtype in ("fp16", "int8"):
         why = "latent weights in so few bits would lose small updates"
         raise ValueError(f"--dtype {args.dtype} is for --mode ptq: {why}")

@@ -291,6 +291,13 @@ def machines(rows):
     return "; ".join(parts) + "."
 
 
+def made_on(shown, records):
+    """Where the networks of deployed files were trained and exported."""
+    trainings = [training_of(record, records) for record in shown]
+    known = [training for training in trainings if training]
+    return f"Trained on: {machines(known)} Exported on: {machines(shown)}"
+
+
 def commands(rows):
     """The commands behind rows, as Markdown, each once."""
     return list(dict.fromkeys(f"    {row['command']}" for row in rows))
@@ -364,7 +371,6 @@ def accuracy_table(records):
     head += ["bits of weights, inputs", "full-precision layers"]
     head += ["file, kB", "times smaller than fp32"]
     shown = [record for group in groups.values() for record in group]
-    trainings = list(filter(None, (training_of(record, records) for record in shown)))
     first = shown[0]
     note = (
         "CIFAR-10, 10,000 test images, last epoch. Accuracy and size are those of the network in "
@@ -372,7 +378,7 @@ def accuracy_table(records):
         "multiply-accumulates. An empty cell was not measured. "
         f"Batch {in_words(shown, 'batch')}; {first['train_images']:,} "
         f"training images, {first['val_images']:,} held out; trained in bf16. "
-        f"Trained on: {machines(trainings)} Exported on: {machines(shown)}"
+        f"{made_on(shown, records)}"
     )
     return [*table(head, rows), "", note]
 

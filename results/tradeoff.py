@@ -11,7 +11,7 @@ import statistics
 from typing import NamedTuple
 
 from matplotlib.transforms import Bbox
-from tables import HERE, RECORDS, epochs_of, machines, mean_and_deviation, plt, read_lines
+from tables import HERE, RECORDS, epochs_of, made_on, mean_and_deviation, plt, read_lines
 from tables import rewrite, run, sources_of, table, training_of
 
 # name, accuracy in percent, weights, multiply-accumulates, bits of weights and of inputs
@@ -246,7 +246,6 @@ def points_table(points, records, score):
     """The points of a picture, the most accurate first."""
     rows = []
     shown = [record for point in points for record in point.records]
-    trainings = list(filter(None, (training_of(record, records) for record in shown)))
     name, key = score
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
@@ -267,8 +266,7 @@ def points_table(points, records, score):
         )
     head = ["network", "test accuracy, %", "seeds", "epochs", "images"]
     head += ["file, kB", "operations, millions", name, "trained by"]
-    where = [f"Trained on: {machines(trainings)}", f"Exported on: {machines(shown)}"]
-    return [*table(head, rows), "", " ".join(where)]
+    return [*table(head, rows), "", made_on(shown, records)]
 
 
 def main():
