@@ -419,6 +419,15 @@ def find_data(dataset, data_dir):
         return load_shapes()
 
 
+def first_classes(data, count):
+    """The data set with the images of its first so many classes alone."""
+    data = {**data, "classes": data["classes"][:count]}
+    for split in ("train", "test"):
+        kept = data[f"{split}_y"] < count
+        data[f"{split}_x"], data[f"{split}_y"] = data[f"{split}_x"][kept], data[f"{split}_y"][kept]
+    return data
+
+
 def load_data(dataset, data_dir, classes=None):
     """The data set of the first so many classes, with the mean and std of its channels."""
     data = find_data(dataset, data_dir)
@@ -428,11 +437,7 @@ def load_data(dataset, data_dir, classes=None):
             raise ValueError(
                 f"--classes {classes}: {data['name']} has {count} classes, and 2 are needed"
             )
-        data["classes"] = data["classes"][:classes]
-        for split in ("train", "test"):
-            kept = data[f"{split}_y"] < classes
-            data[f"{split}_x"] = data[f"{split}_x"][kept]
-            data[f"{split}_y"] = data[f"{split}_y"][kept]
+        data = first_classes(data, classes)
 
     if data["name"] in STATISTICS:
         data["mean"], data["std"] = STATISTICS[data["name"]]
@@ -2234,14 +2239,13 @@ def open_checkpoint(args, fp32=False):
     if not args.dataset and dataset not in BUILT_IN:
         raise ValueError(f"{net.source}: was trained on {dataset}; give its folder by --dataset")
     names = net.meta.get("classes")
-    classes = args.classes
+    data = bcq.to_device(load_data(dataset, args.data_dir, args.classes), device)
     if isinstance(names, list):
-        classes = classes or len(names)
-
-    data = bcq.to_device(load_data(dataset, args.data_dir, classes), device)
-    if isinstance(names, list) and names[: len(data["classes"])] != data["classes"]:
-        why = f"was trained on other classes than those of {data['name']}"
-        raise ValueError(f"{net.source}: {why}: {', '.join(map(str, names[:3]))}, ...")
+        if not args.classes and len(names) < len(data["classes"]):
+            data = first_classes(data, len(names))
+        if names[: len(data["classes"])] != data["classes"]:
+            why = f"was trained on other classes than those of {data['name']}"
+            raise ValueError(f"{net.source}: {why}: {', '.join(map(str, names[:3]))}, ...")
     known = {key: net.meta[key] for key in PREPARED if key in net.meta}
     if not known:  # a file of others
         known = {key: args.given[key] for key in ("mean", "std") if key in args.given}
@@ -2735,10 +2739,10 @@ def subset(text):
 
 def layer_bits(text):
     """An argparse type: bits as spread_bits has them, from 1 to 8."""
-    words = [word.rpartition("=") for word in text.split(",")]
-    for _, _, count in words:
-        number(int, 1, 8)(count)
-    if len([pattern for pattern, _, _ in words if not pattern]) != 1:
+    words = text.split(",")
+    for word in words:
+        number(int, 1, 8)(word.rpartition("=")[2])
+    if sum("=" not in word for word in words) != 1 or any(word[0] == "=" for word in words):
         raise argparse.ArgumentTypeError(f"{text}: not a number, or PATTERN=number,...,number")
     return text
 

@@ -47,9 +47,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def numbers_and_a_folder_of_its_own(tmp_path, monkeypatch):
-    """A test draws the same numbers alone and among others, and leaves no file where it is run."""
+    """A test draws the same numbers alone and among others, and leaves no file where it is run.
+    Where a network of a user's file came first, imports find the same modules as before it."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("bcq", "models", "run"):
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
 
 
 @functools.cache

@@ -247,6 +247,14 @@ def test_a_checkpoint_is_not_tested_on_other_classes_than_its_own(fp32_run, tmp_
     words = ["--dataset", "cifar10", "--data-dir", root]
     result = call("--mode", "eval", "--checkpoint", fp32_run / "model.pth", *words)
     assert_refused(result, "was trained on other classes")
+    for split in ("train", "test"):  # fewer than the network's, where nobody typed --classes
+        two = root.parent / "two" / split
+        two.mkdir(parents=True)
+        for name in run.CIFAR10[:2]:
+            (root / split / name).rename(two / name)
+    words = ["--dataset", root.parent / "two"]
+    result = call("--mode", "eval", "--checkpoint", fp32_run / "model.pth", *words)
+    assert_refused(result, "was trained on other classes than those of two")
 
 
 def test_a_checkpoint_that_is_damaged_truncated_or_of_another_model_is_refused(bc_run, tmp_path):

@@ -158,7 +158,7 @@ def test_a_pattern_that_matches_no_layer_is_refused_with_the_names_there_are():
         run.spread_bits(["stem.weight", "out.weight"], "conv=1,4")
 
 
-@pytest.mark.parametrize("text", ["9", "0", "convs=1", "a=1,b=2", "4,5", "x"])
+@pytest.mark.parametrize("text", ["9", "0", "convs=1", "a=1,b=2", "4,5", "x", "=4", "=4,4"])
 def test_bits_that_are_none_are_refused(text):
     assert_refused(call("--mode", "lsq", *TINY, "--w-bits", text), "--w-bits")
 
