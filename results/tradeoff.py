@@ -245,12 +245,12 @@ def architectures_table(points, records):
 def points_table(points, records, score):
     """The points of a picture, the most accurate first."""
     rows = []
-    shown = [record for point in points for record in point.records]
+    firsts = [point.records[0] for point in points]  # the command of a row is of its first seed
     name, key = score
     for point in sorted(points, key=Point.accuracy, reverse=True):
         first = point.records[0]
         training = training_of(first, records)
-        commands = commands_of(training, records, shown) if training else []
+        commands = commands_of(training, records, firsts) if training else []
         rows.append(
             [
                 point.name,
@@ -266,7 +266,8 @@ def points_table(points, records, score):
         )
     head = ["network", "test accuracy, %", "seeds", "epochs", "images"]
     head += ["file, kB", "operations, millions", name, "trained by"]
-    return [*table(head, rows), "", made_on(shown, records)]
+    every = [record for point in points for record in point.records]
+    return [*table(head, rows), "", made_on(every, records)]
 
 
 def main():
