@@ -328,8 +328,8 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
 
     methods: {name: Method}; {} trains an ordinary network. optimizer: an Optimizer. loss:
     loss(logits, labels). forward: apply, or another such as autocast_forward's. frozen: names that
-    do not move, and that optimizer.init is not given. Raises KeyError for names that are not in
-    params.
+    do not move, and that optimizer.init is not given; requires_grad says nothing here. Raises
+    KeyError for names that are not in params.
     """
     moving = {name: method for name, method in methods.items() if name not in frozen}
 
@@ -467,7 +467,7 @@ def evaluate(model, params, buffers, batches, forward=apply):
 
     params are used as they are: give it quantize_params(latent, methods) for the 1-bit network.
     batches: pairs (x, labels), see true_classes. Returns a dict. Raises ValueError if there are no
-    images, or if labels do not fit what the model gives.
+    images, or no labels, or if labels do not fit what the model gives.
     """
     correct = loss = images = count = 0
     for x, labels in batches:
@@ -480,6 +480,8 @@ def evaluate(model, params, buffers, batches, forward=apply):
     if images == 0:
         raise ValueError("no images to evaluate on")
     count = count.item()
+    if count == 0:
+        raise ValueError("no labels to evaluate on: they are all -100, which is none")
     return {"accuracy": correct.item() / count, "loss": loss.item() / count, "images": images}
 
 
@@ -517,29 +519,33 @@ def batch_norms(model):
 
 @torch.no_grad()
 def batch_norm_statistics(model, params, buffers, batches, forward=apply):
-    """The buffers with batch norm's statistics averaged over the batches, pairs (x, labels).
+    """The buffers with batch norm's statistics over all images of the batches, pairs (x, labels).
 
     In training they are moving averages over steps with other signs; here they belong to the params
-    given. Take training images, not test images. The model is left as it
+    given. A variance is the mean of those within batches plus the variance of their means, each
+    batch by its number of images. Take training images, not test images. The model is left as it
     was. Raises ValueError if there are no batches. Source: Wu and Johnson 2021, arXiv:2105.07576.
     """
     moving = {name: m for name, m in batch_norms(model).items() if m.momentum != 0}  # not frozen
     momenta = {name: m.momentum for name, m in moving.items()}
     statistics = {}
-    count = 0
+    images = 0
     try:
         for x, _ in batches:
-            count += 1
+            images += len(x)
+            share = len(x) / images
             for m in moving.values():
-                m.momentum = 1 / count  # the moving average is then the mean of all so far
-            _, after = forward(model, params, {**buffers, **statistics}, x, train=True)
-            for name in moving:
-                for key in (f"{name}.running_mean", f"{name}.running_var"):
-                    statistics[key] = after[key]
+                m.momentum = share  # the moving average is then the mean of all so far
+            before = {**buffers, **statistics}
+            _, after = forward(model, params, before, x, train=True)
+            for mean, var in [(f"{name}.running_mean", f"{name}.running_var") for name in moving]:
+                moved = after[mean] - before[mean]  # by share of the way to this batch's mean
+                statistics[mean] = after[mean]
+                statistics[var] = after[var] + (1 - share) / share * moved.square()
     finally:
         for name, m in moving.items():
             m.momentum = momenta[name]
-    if count == 0:
+    if images == 0:
         raise ValueError("no images for the statistics of batch norm")
     return {**buffers, **statistics}
 
@@ -1037,21 +1043,39 @@ def min_max(x, bits):
     return scale, zero_point
 
 
-def min_mse(x, bits):
-    """The grid (scale, zero_point) of least squared error on x, of 40 parts of min_max's."""
+def some_values(x):
+    """At most 50,000 of the values of x, from everywhere, float: so many of them say enough."""
     x = x.flatten()
-    if len(x) > 50_000:  # so many of them say enough
+    if len(x) > 50_000:
         chosen = torch.randint(len(x), (50_000,), generator=torch.Generator().manual_seed(0))
         x = x[chosen.to(x.device)]
-    x = x.float()
-    widest, zero_point = min_max(x, bits)
+    return x.float()
+
+
+def least_squared_error(x, widest, lowest, highest):
+    """The scale of least squared error on x, of 40 parts of the widest, for codes lowest..highest."""
     errors = []
     for part in range(1, 41):
         scale = widest * part / 40
-        q = (x / scale).round().clamp(-zero_point, 2**bits - 1 - zero_point)
+        q = (x / scale).round().clamp(lowest, highest)
         errors.append((q * scale - x).square().mean().item())
     best = 1 + errors.index(min(errors))
-    return widest * best / 40, zero_point
+    return widest * best / 40
+
+
+def min_mse(x, bits):
+    """The grid (scale, zero_point) of least squared error on x, with min_max's zero point."""
+    x = some_values(x)
+    widest, zero_point = min_max(x, bits)
+    return least_squared_error(x, widest, -zero_point, 2**bits - 1 - zero_point), zero_point
+
+
+def min_mse_step(w, bits):
+    """The step size of least squared error on weights, for lsq_method's grid: a tensor."""
+    w = some_values(w)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    widest = torch.maximum(w.max() / highest, w.min() / lowest)
+    return least_squared_error(w, widest.clamp(min=1e-8), lowest, highest)
 
 
 def calibrate_inputs(model, params, buffers, x, bits, fit=min_max):
@@ -2395,7 +2419,8 @@ def count_cost(model, params, buffers, shape=(3, 32, 32), x=None):
 
     params, buffers: as it is deployed, packed or in full precision. x: the input to count for, as
     apply takes it, where it is no image; without it an image of zeros. An activation counts as one
-    operation a value, whichever it is; a norm as two; rounding inputs to their grid as none. Raises
+    operation a value, whichever it is; a norm as two; rounding inputs to their grid as none. Batch
+    norm stores a scale and a shift: its statistics belong to them, even if deploy left them. Raises
     ValueError, with its name, for an operation that cannot be counted.
     """
     if x is None:
@@ -2416,7 +2441,7 @@ def count_cost(model, params, buffers, shape=(3, 32, 32), x=None):
     operations, layers = count_operations(model, own, buffers, x)
     for operation in operations:
         key = operation.weight or operation.name
-        row = rows.setdefault(key, Cost(key, a_bits=full_bits))
+        row = rows.setdefault(key, Cost(key, w_bits=full_bits, a_bits=full_bits))
         if operation.terms == 0:
             each = max(operation.outputs, operation.reads)
             if key.split(".")[1] in NORMS:

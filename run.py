@@ -349,7 +349,10 @@ def load_folder(root, name):
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise ValueError(f"{root}: no folder {split}/ (wanted: {{train,test}}/CLASS/IMAGE)")
-        folder = ImageFolder(root / split, loader=decode)
+        try:
+            folder = ImageFolder(root / split, loader=decode)
+        except FileNotFoundError as error:  # a class without images
+            raise ValueError(f"{root / split}: {error}") from None
         if data.setdefault("classes", folder.classes) != folder.classes:
             raise ValueError(f"{root}: train and test have different classes")
         data[f"{split}_x"] = torch.stack([image for image, _ in folder])
@@ -802,7 +805,8 @@ def default_width(name):
     return width.default
 
 
-HYPERPARAM = ("classes", "width", "act", "saturation")  # given to constructors that take them
+# given to constructors that take them; the number of classes by either name
+HYPERPARAM = ("classes", "num_classes", "width", "act", "saturation")
 
 
 def build_model(config, name, saved=None):
@@ -816,8 +820,9 @@ def build_model(config, name, saved=None):
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     hyperparam = {}
     for key in HYPERPARAM:
-        value = getattr(config, key)
-        if value is not None and (key in takes or takes_all):
+        value = getattr(config, key.removeprefix("num_"))
+        taken = key in takes or (takes_all and key != "num_classes")
+        if value is not None and taken and not ("classes" in hyperparam and key == "num_classes"):
             hyperparam[key] = value
     if saved and saved["hyperparam"] != hyperparam:
         raise ValueError(f"{config.model} is not the network that this run began with")
@@ -892,9 +897,11 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if fp32 and not packed:
         params = bcq.to_dtype(params, torch.float32)
         buffers = bcq.to_dtype(buffers, torch.float32)
-    plain = [w.dtype for w in params.values() if torch.is_tensor(w) and w.is_floating_point()]
-    if len(set(plain)) > 1 and not packed:  # of a file of others
-        params, plain = bcq.to_dtype(params, torch.float32), [torch.float32]
+    plain, every = floating_dtypes(params), floating_dtypes({**params, **buffers})
+    halves = {torch.float16, torch.bfloat16} & set(every)
+    if not packed and (len(set(plain)) > 1 or (halves and len(set(every)) > 1)):
+        params = bcq.to_dtype(params, torch.float32)  # of a file of others
+        buffers, plain = bcq.to_dtype(buffers, torch.float32), [torch.float32]
     dtype = next(iter(plain), torch.float32)
     forward = bcq.cast_forward(dtype)
     if meta.get("grids") and not packed:
@@ -992,6 +999,12 @@ def check_meta(path, meta, params):
             right = False
         if not right:
             raise ValueError(f"{path}: its {key} are not what a file of run.py says")
+
+
+def floating_dtypes(values):
+    """The dtypes of the floating tensors in a dict."""
+    tensors = [value for value in values.values() if torch.is_tensor(value)]
+    return [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
 
 
 def is_right(key, meta, params):
@@ -1348,17 +1361,20 @@ def begin(config, data, model, init):
     grids = {}
     if config.mode in ("lsq", "xnor"):
         x, own = prepare(data["train_x"][:512], data), buffers
-        if not init:  # batch norm has no statistics yet
+        if not init or init.meta.get("latent"):  # batch norm has no statistics yet, or the signs'
             own = bcq.batch_norm_statistics(model, params, buffers, [(x, None)])
         if config.mode == "xnor":
-            refuse_blind_signs(model, params, own, x, names)
+            refuse_blind_signs(config.mode, model, params, own, x, names)
             grids = dict.fromkeys(names, (1, 1))
         else:
             a_bits = spread_bits(names, config.a_bits, ends=8)
+            signs = [name for name in names if a_bits[name] == 1]
+            if signs:
+                refuse_blind_signs(config.mode, model, params, own, x, signs)
             steps, grids = bcq.calibrate_inputs(model, params, own, x, a_bits, bcq.min_mse)
             for name in names:
                 if bits[name] > 1:
-                    steps[f"{name}:step_size"], _ = bcq.min_mse(params[name], bits[name])
+                    steps[f"{name}:step_size"] = bcq.min_mse_step(params[name], bits[name])
             params = {**params, **steps}
     return {"params": params, "buffers": buffers, "bits": bits, "grids": grids, "masks": masks}
 
@@ -1421,7 +1437,7 @@ def choose_methods(config, bits, masks, deployed=False):
     return methods
 
 
-def refuse_blind_signs(model, params, buffers, x, names):
+def refuse_blind_signs(mode, model, params, buffers, x, names):
     """Raises ValueError where a layer's input is never negative: its sign says nothing."""
 
     def lowest(x, bits):
@@ -1433,7 +1449,7 @@ def refuse_blind_signs(model, params, buffers, x, names):
         if low >= 0:
             why = "is never negative (after a ReLU?), so its sign says nothing"
             name = key.split(":")[0]
-            raise ValueError(f"--mode xnor: the input of {name} {why}: take hardtanh, say")
+            raise ValueError(f"--mode {mode}: the input of {name} {why}: take hardtanh, say")
 
 
 def warn_of_logits(config, model, names):
@@ -2147,7 +2163,11 @@ def describe(job, folder):
         count = sum(params[name].numel() for name in own)
         print(f"           {count:,} weights in {len(own)} layers, bits each: {bits}")
 
-    said = ("mode", "model", "dataset", "classes", "preset", "typed", "dtype", "seed")
+    said = ["mode", "model", "dataset", "classes", "preset", "typed", "dtype", "seed"]
+    if not config.teacher:
+        said.append("teacher_share")
+    if config.mode != "lsq":
+        said.append("step_lr")
     settings = [f"{k} {v}" for k, v in dataclasses.asdict(config).items() if v and k not in said]
     print(f"preset     {config.preset}: seed {config.seed}, {', '.join(settings)}")
     print(f"folder     {folder}", flush=True)
@@ -2251,6 +2271,8 @@ def open_checkpoint(args, fp32=False):
         known = {key: args.given[key] for key in ("mean", "std") if key in args.given}
         mean, std = ({**data, **known}[key] for key in ("mean", "std"))
         print(f"images     normalised by mean {shown(mean)}, std {shown(std)}; else: --mean, --std")
+    if net.meta.get("hyperparam") is None:
+        print(f"model      {net.name}, built by its defaults, since the file has no hyperparam")
     data |= known
     return fit_to_data(net, data), data, device
 
@@ -2286,12 +2308,15 @@ def known_bits(net):
     """The bits of the quantized weights, {name: bits}: as the file says, or else as they are."""
     if "bits" in net.meta:
         return net.meta["bits"]
+    try:
+        names = bcq.quantizable(net.model)
+    except ValueError:  # there are none
+        names = []
     bits = {}
-    for name, w in net.params.items():  # of a file of others: 1 for filters of one magnitude
-        if torch.is_tensor(w) and w.ndim > 1 and w.is_floating_point():
-            size = w.abs().flatten(1)
-            if (size == size[:, :1]).all() and size.any():
-                bits[name] = 1
+    for name in names:  # of a file of others: 1 for filters of one magnitude
+        size = net.params[name].abs().flatten(1)
+        if (size == size[:, :1]).all() and size.any():
+            bits[name] = 1
     return bits
 
 
@@ -2309,6 +2334,9 @@ def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
     else:
         bits |= {name: b for name, b in known_bits(net).items() if name in names and b < 8}
     input_bits = spread_bits(names, a_bits)
+    if 1 in input_bits.values() and inputs != "real":
+        why = "inputs of 1 bit are signs, for which a network has to be trained"
+        raise ValueError(f"--a-bits {a_bits}: {why}: take --mode xnor, or lsq")
 
     usual, _ = Counter(bits.values()).most_common(1)[0]  # of so many layers
     name = f"w{w_bits or usual}"

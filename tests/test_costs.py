@@ -34,6 +34,22 @@ def values(cost):
 # --- the published baselines ---
 
 
+def test_products_of_two_activations_have_the_precision_of_the_network():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(3, 12)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, 2)
+            return nn.functional.scaled_dot_product_attention(q, k, v).mean(1)
+
+    for dtype, bits in ((torch.float32, 32), (torch.float16, 16)):
+        rows = [row for row in cost_of(Attention(), dtype, (3, 4, 4)) if row.macs]
+        assert [(row.w_bits, row.a_bits) for row in rows] == [(bits, bits)] * len(rows)
+        assert macs(rows) == 16 * 3 * 12 + 2 * 16 * 16 * 4
+
+
 def test_resnet18_in_half_precision_scores_what_the_course_says():
     cost = cost_of(models.resnet18(), torch.float16)
     assert values(cost) == 11_173_962 and macs(cost) == 555_422_720

@@ -242,7 +242,7 @@ def no_test(root):
         (half_an_image, "0.png: not an image"),
         (grey_image, "0.png: L of 32x32"),
         (large_image, "0.png: RGB of 224x200"),
-        (no_images, "no valid file for the classes b"),
+        (no_images, "test: Found no valid file for the classes b"),
         (another_class, "different classes"),
         (no_test, "no folder test/"),
     ],

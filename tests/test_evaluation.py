@@ -30,6 +30,9 @@ def test_evaluate_leaves_batch_norm_alone_and_refuses_to_score_nothing(small):
     assert same(kept, buffers)
     with pytest.raises(ValueError, match="no images"):
         bcq.evaluate(small, params, buffers, [])
+    unlabelled = [(x, torch.full_like(labels, -100)) for x, labels in [batch(0)]]
+    with pytest.raises(ValueError, match="no labels"):
+        bcq.evaluate(small, params, buffers, unlabelled)
 
 
 def test_the_binary_and_the_latent_weights_are_two_networks_with_two_losses(small):
@@ -40,15 +43,21 @@ def test_the_binary_and_the_latent_weights_are_two_networks_with_two_losses(smal
     assert of_latents["loss"] != bcq.evaluate(small, weights, buffers, data)["loss"]
 
 
-def test_batch_norm_statistics_are_the_mean_over_batches_of_the_statistics_of_each(small):
+def test_batch_norm_statistics_are_those_of_all_images_in_whatever_batches_they_come(small):
     params, buffers = bcq.split(small)
-    data, kept = [batch(i) for i in range(5)], copy.deepcopy(buffers)
+    kept = copy.deepcopy(buffers)
+    x, labels = batch(0, 64)
+    x = x * torch.arange(1, 65).view(-1, 1, 1, 1) + torch.arange(64).view(-1, 1, 1, 1)  # sorted
+    data = [(x[part], labels[part]) for part in (slice(0, 40), slice(40, 60), slice(60, 64))]
     updated = bcq.batch_norm_statistics(small, params, buffers, iter(data))
-    pooled = [nn.functional.avg_pool2d(small.conv(x), 4).detach().numpy() for x, _ in data]
-    means = [p.mean((0, 2, 3)) for p in pooled]
-    variances = [p.transpose(1, 0, 2, 3).reshape(8, -1).var(1, ddof=1) for p in pooled]
-    assert np.allclose(updated["norm.running_mean"], np.mean(means, 0), atol=1e-6)
-    assert np.allclose(updated["norm.running_var"], np.mean(variances, 0), atol=1e-6)
+    pooled = nn.functional.avg_pool2d(small.conv(x), 4).detach().numpy()
+    parts = [p.transpose(1, 0, 2, 3).reshape(8, -1) for p in np.split(pooled, [40, 60])]
+    mean, weights = pooled.mean((0, 2, 3)), np.array([40, 20, 4]) / 64
+    within = weights @ [part.var(1, ddof=1) for part in parts]
+    between = weights @ [(part.mean(1) - mean) ** 2 for part in parts]
+    assert np.allclose(updated["norm.running_mean"], mean, rtol=1e-4)
+    assert np.allclose(updated["norm.running_var"], within + between, rtol=1e-4)
+    assert np.allclose(updated["norm.running_var"], pooled.var((0, 2, 3)), rtol=0.03)
     assert same(kept, buffers) and small.norm.momentum == 0.1
     with pytest.raises(ValueError, match="no images"):
         bcq.batch_norm_statistics(small, params, buffers, [])

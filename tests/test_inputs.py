@@ -243,6 +243,26 @@ def test_min_mse_beats_min_max_where_there_are_outliers():
     assert error(bcq.min_mse) < 0.5 * error(bcq.min_max)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("draw", [torch.rand, torch.randn, lambda *shape: -torch.rand(*shape)])
+def test_the_step_of_lsq_weights_has_the_least_error_on_their_own_grid(draw, bits):
+    w = draw(16, 8, 3, 3)
+
+    def error(step):
+        codes = (w.numpy() / step).round().clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return ((codes * step - w.numpy()) ** 2).mean()
+
+    best = min(error(step) for step in np.linspace(1e-3, 2.2, 4000))
+    assert error(bcq.min_mse_step(w, bits).item()) < 1.15 * best
+    assert error(bcq.min_mse_step(w, bits).item()) < error(
+        2 * w.abs().mean().item() / (2 ** (bits - 1) - 1) ** 0.5
+    )
+
+
+def test_the_step_of_weights_that_are_all_zero_is_positive():
+    assert bcq.min_mse_step(torch.zeros(4, 3), 4) > 0
+
+
 def test_calibration_sees_what_each_layer_receives_and_changes_nothing(small):
     params, buffers = bcq.split(small)
     kept = {k: p.clone() for k, p in params.items()}

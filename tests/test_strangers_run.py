@@ -163,6 +163,71 @@ def test_bits_that_are_none_are_refused(text):
     assert_refused(call("--mode", "lsq", *TINY, "--w-bits", text), "--w-bits")
 
 
+def test_inputs_of_1_bit_are_refused_where_their_sign_says_nothing(bc_run, tmp_path):
+    words = ["--mode", "ptq", "--dtype", "int8", "--a-bits", "convs.0=1,8"]
+    result = call(*words, "--checkpoint", bc_run[0] / "model.pth", "--out", tmp_path)
+    assert_refused(result, "--a-bits convs.0=1,8: inputs of 1 bit are signs")
+    assert not list(tmp_path.iterdir())
+    words = ["--dataset", "shapes", "--subset", 300, "--val", 50, "--model", "resnet20"]
+    result = call("--mode", "lsq", *words, "--width", 0.1, "--a-bits", 1, "--out", "lsq")
+    assert_refused(result, "--mode lsq: the input of blocks.0.conv1.weight is never negative")
+
+
+def test_lsq_begins_from_the_statistics_of_the_weights_it_takes_over(bc_run, monkeypatch):
+    seen = []
+    calibrate = bcq.calibrate_inputs
+
+    def watch(model, params, buffers, *more):
+        seen.append(buffers)
+        return calibrate(model, params, buffers, *more)
+
+    monkeypatch.setattr(bcq, "calibrate_inputs", watch)
+    succeed("--mode", "lsq", *TINY, "--epochs", 1, "--init", bc_run[0] / "model.pth", "--out", "a")
+    of_signs = torch.load(bc_run[0] / "model.pth")["net"]
+    name = "norms.0.running_var"  # far smaller with latent weights than with signs
+    assert (seen[0][name] < 0.5 * of_signs[name]).all()
+
+
+class LayerScale(torch.nn.Module):
+    """One number a channel, as ConvNeXt has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+        self.gamma = torch.nn.Parameter(torch.rand(4, 1, 1))
+        self.norm = torch.nn.LayerNorm((4, 30, 30))
+        self.out = torch.nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.out(self.norm(self.conv(x) * self.gamma).mean((2, 3)))
+
+
+def test_only_the_weights_of_layers_are_taken_for_1_bit_weights(tmp_path):
+    torch.manual_seed(0)
+    source = f"from {__name__} import LayerScale\n"
+    (tmp_path / "net.py").write_text(source)
+    torch.save(LayerScale().state_dict(), tmp_path / "a.pth")
+    words = ["--checkpoint", tmp_path / "a.pth", "--model", f"{tmp_path}/net.py:LayerScale"]
+    words += ["--dataset", "shapes"]
+    assert "written in full precision" in succeed("--mode", "export", *words)
+    words[1] = tmp_path / "a.bcq"
+    succeed("--mode", "eval", *words)
+
+
+def test_a_constructor_is_given_the_classes_as_num_classes_too(tmp_path):
+    source = (
+        "import torch.nn as nn\nclass Net(nn.Sequential):\n    def __init__(self, num_classes=3):\n"
+    )
+    source += "        super().__init__(nn.Flatten(), nn.Linear(3072, num_classes))\n"
+    (tmp_path / "net.py").write_text(source)
+    words = ["--dataset", "shapes", "--subset", 300, "--val", 50, "--epochs", 1, "--classes", 5]
+    words += ["--model", f"{tmp_path}/net.py:Net", "--mode", "fp32", "--out", "run"]
+    assert "5 classes" in succeed(*words)
+    assert torch.load("run/model.pth")["hyperparam"] == {"num_classes": 5}
+    words = ["--checkpoint", "run/model.pth", "--model", f"{tmp_path}/net.py:Net"]
+    succeed("--mode", "eval", *words)
+
+
 def test_lsq_takes_bits_by_layer_into_the_file_and_the_score(tmp_path):
     words = ["--w-bits", "convs.[3-5]=1,4", "--a-bits", "convs.0=2,4", "--epochs", 1]
     succeed("--mode", "lsq", *TINY, *words, "--out", tmp_path / "run")
@@ -186,8 +251,30 @@ def test_how_the_images_of_a_file_of_others_are_normalised_is_said_and_can_be(vi
     words += ["--dataset", "shapes"]
     usual, other = succeed(*words), succeed(*words, "--std", "0.2,0.2,0.2", "--mean", "0,0,0")
     assert "normalised by mean 0.5" in usual and "std 0.2000,0.2000,0.2000" in other
+    assert "built by its defaults, since the file has no hyperparam" in usual
     assert usual.split("cross-entropy")[1] != other.split("cross-entropy")[1]
     assert_refused(call(*words, "--std", "0.2"), "--std")
+
+
+@pytest.mark.parametrize("kept", ["running", "norm", "conv"])
+def test_a_file_of_two_precisions_is_run_in_float32(kept, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from models import resnet20\ndef Net(): return resnet20(width=0.25)\n"
+    )
+    torch.manual_seed(0)
+    state = run.models.resnet20(width=0.25).state_dict()
+    rounded = {}
+    for name, value in state.items():
+        halved = value.is_floating_point() and kept not in name
+        rounded[name] = value.half() if halved else value
+    found = []
+    for number, content in enumerate(
+        [rounded, {k: v.to(state[k].dtype) for k, v in rounded.items()}]
+    ):
+        torch.save(content, tmp_path / f"{number}.pth")
+        words = ["--checkpoint", tmp_path / f"{number}.pth", "--model", f"{tmp_path}/net.py:Net"]
+        found.append(succeed("--mode", "eval", *words, "--dataset", "shapes"))
+    assert "torch.float32" in found[0] and found[0] == found[1]
 
 
 def test_what_a_file_of_others_says_beside_its_weights_is_not_read(views, tmp_path):

@@ -38,7 +38,7 @@ def functional(model, bf16, method):
     if method == "lsq":
         methods = dict.fromkeys(names, bcq.lsq_method(4))
         for name in names:
-            params[f"{name}:step_size"], _ = bcq.min_mse(params[name], 4)  # as run.py begins
+            params[f"{name}:step_size"] = bcq.min_mse_step(params[name], 4)  # as run.py begins
         bits, several = dict.fromkeys(names, 4), torch.randn(64, 3, 32, 32)
         scales, grids = bcq.calibrate_inputs(model, params, buffers, several, bits)
         params |= scales

@@ -138,7 +138,7 @@ class Checks:
         given = (self.model, self.params, self.buffers)
         steps, grids = bcq.calibrate_inputs(*given, self.x, bits, bcq.min_mse)
         for name in self.names:
-            steps[f"{name}:step_size"], _ = bcq.min_mse(self.params[name], 4)
+            steps[f"{name}:step_size"] = bcq.min_mse_step(self.params[name], 4)
         methods = dict.fromkeys(self.names, bcq.lsq_method(4))
         self.step(methods, {**self.params, **steps}, bcq.quantized_inputs(grids))
 
