@@ -195,6 +195,7 @@ METHODS = {  # by --mode
     "lsq": None,  # one for each number of bits
 }
 BITS = {"bc": 1, "bc-stochastic": 1, "bwn": 1, "bwn-he": 1, "xnor": 1, "ternary": 2}
+CLIPPED = ("bc", "bc-stochastic")  # to [-1, 1]; other weights have a scale, and no bound
 
 
 def preset(mode, model, paper=False, **flags):
@@ -1454,7 +1455,7 @@ def refuse_blind_signs(mode, model, params, buffers, x, names):
 
 def warn_of_logits(config, model, names):
     """Warns of a last layer of +-1 weights without batch norm, which would bring their scale."""
-    if config.mode not in ("bc", "bc-stochastic"):
+    if config.mode not in CLIPPED:
         return
     last = names[-1].rpartition(".")[0]
     if last not in bcq.fold_pairs(model).values():
@@ -1743,8 +1744,9 @@ def end_epoch(job, state):
         if job.methods:
             found = evaluate_validation(job, params, state["buffers"])
             line["val_accuracy_latent"] = found["accuracy"]
-    if config.mode in BITS:
+    if config.mode in CLIPPED:
         line["at_bound"] = share_at_bound(params, job.methods)
+    if config.mode in BITS:
         line["flipped"] = share_flipped(state["before"], params, job.methods)
 
     state = {**state, "epoch": epoch, "step": 0, "history": [*state["history"], line]}
@@ -2921,7 +2923,7 @@ def check_arguments(args):
             raise ValueError(f"--real-epochs is not for {what}: {why}")
         if given.get("prune"):
             raise ValueError(f"--real-epochs is not for --prune: {why}")
-    if "paper" in given and mode not in ("fp32", "bc", "bc-stochastic", "sweep"):
+    if "paper" in given and mode not in ("fp32", *CLIPPED, "sweep"):
         raise ValueError(f"--paper: BinaryConnect's recipe is not for {what}")
     if "paper" in given and given.get("lr") == 0:
         raise ValueError("--lr 0: the schedule of --paper falls by a factor, from a rate above 0")

@@ -69,6 +69,12 @@ def test_every_epoch_is_a_line_with_the_diagnostics_of_a_1_bit_training(bc_run):
     assert bc_run[1].count("epoch ") >= 2
 
 
+def test_a_method_without_a_clip_counts_no_weights_at_a_bound(method_run):
+    mode, folder = method_run
+    for line in read_lines(folder / "metrics.jsonl"):
+        assert "at_bound" not in line and ("flipped" in line) == (mode != "lsq")
+
+
 def test_the_report_is_a_picture_of_the_curves_and_the_latent_weights(bc_run):
     assert Image.open(bc_run[0] / "report.png").size[0] > 500
 
