@@ -69,6 +69,12 @@ def test_every_epoch_is_a_line_with_the_diagnostics_of_a_1_bit_training(bc_run):
     assert bc_run[1].count("epoch ") >= 2
 
 
+def test_pruning_that_leaves_nothing_of_a_layer_is_refused(tmp_path):
+    result = call(*TINY, "--mode", "bc", "--prune", 0.99, "--out", tmp_path / "run")
+    assert_refused(result, "--prune 0.99: no weight of convs.")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_method_without_a_clip_counts_no_weights_at_a_bound(method_run):
     mode, folder = method_run
     for line in read_lines(folder / "metrics.jsonl"):
