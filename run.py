@@ -1345,9 +1345,7 @@ def begin(config, data, model, init):
         masks = {name: new[name] & masks.get(name, new[name]) for name in names}  # zeros stay zeros
         for name in names:
             if not masks[name].any():
-                why = (
-                    f"no weight of {name} would be left: prune less, or a trained network (--init)"
-                )
+                why = f"no weight of {name} would be left: prune less, or begin by --init"
                 raise ValueError(f"--prune {config.prune}: {why}")
     if masks and masks.keys() != set(names):
         why = f"its zeros are in other layers than --mode {config.mode}'s"
