@@ -540,8 +540,9 @@ def batch_norm_statistics(model, params, buffers, batches, forward=apply):
             _, after = forward(model, params, before, x, train=True)
             for mean, var in [(f"{name}.running_mean", f"{name}.running_var") for name in moving]:
                 moved = after[mean] - before[mean]  # by share of the way to this batch's mean
+                between = ((1 - share) / share) ** 0.5 * moved
                 statistics[mean] = after[mean]
-                statistics[var] = after[var] + (1 - share) / share * moved.square()
+                statistics[var] = after[var] + between.square()
     finally:
         for name, m in moving.items():
             m.momentum = momenta[name]
@@ -1053,7 +1054,7 @@ def some_values(x):
 
 
 def least_squared_error(x, widest, lowest, highest):
-    """The scale of least squared error on x, of 40 parts of the widest, for codes lowest..highest."""
+    """The scale of least squared error on x, of 40 parts of the widest. lowest, highest: codes."""
     errors = []
     for part in range(1, 41):
         scale = widest * part / 40

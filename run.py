@@ -806,8 +806,7 @@ def default_width(name):
     return width.default
 
 
-# given to constructors that take them; the number of classes by either name
-HYPERPARAM = ("classes", "num_classes", "width", "act", "saturation")
+HYPERPARAM = ("classes", "width", "act", "saturation")  # given to constructors that take them
 
 
 def build_model(config, name, saved=None):
@@ -821,9 +820,10 @@ def build_model(config, name, saved=None):
     takes_all = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     hyperparam = {}
     for key in HYPERPARAM:
-        value = getattr(config, key.removeprefix("num_"))
-        taken = key in takes or (takes_all and key != "num_classes")
-        if value is not None and taken and not ("classes" in hyperparam and key == "num_classes"):
+        value = getattr(config, key)
+        if key == "classes" and "num_classes" in takes:
+            key = "num_classes"
+        if value is not None and (key in takes or takes_all):
             hyperparam[key] = value
     if saved and saved["hyperparam"] != hyperparam:
         raise ValueError(f"{config.model} is not the network that this run began with")
@@ -879,7 +879,7 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if beside and name not in models.MODELS:  # the file chose the NAME, and what it is called with
         own = inspect.unwrap(build).__module__ == Path(name.rpartition(":")[0]).stem
         passed = content.get("hyperparam") or {}
-        if not own or not isinstance(passed, dict) or passed.keys() - set(HYPERPARAM):
+        if not own or not isinstance(passed, dict) or passed.keys() - {*HYPERPARAM, "num_classes"}:
             raise ValueError(f"{path}: its network, {name}, is none that is defined in that file")
     if "hyperparam" not in content:
         build = partial(build, **hyperparam)

@@ -59,6 +59,10 @@ def test_batch_norm_statistics_are_those_of_all_images_in_whatever_batches_they_
     assert np.allclose(updated["norm.running_var"], within + between, rtol=1e-4)
     assert np.allclose(updated["norm.running_var"], pooled.var((0, 2, 3)), rtol=0.03)
     assert same(kept, buffers) and small.norm.momentum == 0.1
+    stale = {**buffers, "norm.running_mean": torch.full((8,), 1e30)}  # whose square is infinite
+    assert (
+        bcq.batch_norm_statistics(small, params, stale, data)["norm.running_var"].isfinite().all()
+    )
     with pytest.raises(ValueError, match="no images"):
         bcq.batch_norm_statistics(small, params, buffers, [])
 
