@@ -17,10 +17,11 @@ Part one, BinaryConnect          Part two, its family; small and integer for rea
     7 optimizers                    15 costs and scores
     8 lower precision
 
-Functions return what they change; only BC keeps a state and works in place. Random numbers come
-from a generator that the caller passes. params has the names of model.named_parameters(), buffers
-those of model.named_buffers(). "The paper" is Courbariaux, Bengio and David 2015, "BinaryConnect",
-arXiv:1511.00363; the lab is the one on quantization in the course that the README names.
+Functions return what they change; only BC keeps a state and works in place, and a Packed keeps what
+it unpacked. Random numbers come from a generator that the caller passes. params has the names of
+model.named_parameters(), buffers those of model.named_buffers(). "The paper" is Courbariaux, Bengio
+and David 2015, "BinaryConnect", arXiv:1511.00363; the lab is the one on quantization in the course
+that the README names.
 """
 
 import contextlib
@@ -160,7 +161,8 @@ def quantize_params(params, methods, noise=None):
 
     methods: {name: Method}. noise: {name: tensor} for stochastic methods, see draw_noise. The
     gradient passes straight through to params; only a learned step size, an entry "NAME:step_size",
-    brings a gradient of its own (see lsq). Raises KeyError for names that are not in params.
+    brings a gradient of its own (see lsq). Raises KeyError for names that are not in params, and
+    TypeError where a stochastic method has no noise.
     """
     check_names(params, methods)
     noise = noise or {}
@@ -192,7 +194,10 @@ def clip_params(params, methods):
 
 
 def draw_noise(params, names, generator):
-    """Uniform numbers in [0, 1), {name: tensor}, drawn from a generator on the params' device."""
+    """Uniform numbers in [0, 1), {name: tensor}, drawn from a generator on the params' device.
+
+    Raises KeyError for names that are not in params.
+    """
     check_names(params, names)
     noise = {}
     for name in names:
@@ -267,7 +272,8 @@ def cross_entropy(logits, labels, smoothing=0.0):
 def square_hinge(logits, labels):
     """The L2-SVM loss: the mean of max(0, 1 - t * logit)^2, t = +1 at the label and -1 elsewhere.
 
-    logits, labels: as in cross_entropy. Source: the paper, section 3, after Tang 2013.
+    logits, labels: as in cross_entropy, but each image has a label. Raises ValueError for labels of
+    another shape. Source: the paper, section 3, after Tang 2013.
     """
     if labels.ndim == 1:
         labels = F.one_hot(labels, logits.shape[1])
@@ -328,8 +334,9 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
 
     methods: {name: Method}; {} trains an ordinary network. optimizer: an Optimizer. loss:
     loss(logits, labels). forward: apply, or another such as autocast_forward's. frozen: names that
-    do not move, and that optimizer.init is not given; requires_grad says nothing here. Raises
-    KeyError for names that are not in params.
+    do not move, and that optimizer.init is not given; requires_grad says nothing here. The step
+    raises KeyError for names that are not in params, and ValueError for labels that do not fit (see
+    true_classes) and for activation checkpointing.
     """
     moving = {name: method for name, method in methods.items() if name not in frozen}
 
@@ -358,7 +365,8 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
                 w = latent[name] + update
                 moved[name] = clip_param(name, w, moving)  # w = clip(w + update, -1, 1)
 
-            accuracy = (logits.argmax(1) == truth).float().mean()
+            labelled = (truth != -100).sum()  # the others do not count, as in evaluate
+            accuracy = (logits.argmax(1) == truth).sum() / labelled
         metrics = {"loss": cost.detach(), "accuracy": accuracy}
         return {**params, **still, **moved}, buffers, opt_state, metrics
 
@@ -381,7 +389,7 @@ class BC(nn.Module):
 
     It is an nn.Module: .to, .parameters, .train, .eval and calling it work. target_modules, as the
     lab calls it, is the list of weights in the model; saved_params is the list of the latent ones,
-    as they were at the last binarization() or clip().
+    as they were at the last binarization(), or at the last clip() before it clipped.
     """
 
     def __init__(self, model):
@@ -422,7 +430,10 @@ class BC(nn.Module):
             self.saved_params = [w.detach().clone() for w in self.target_modules]
 
     def binarization(self):
-        """Saves the latent weights, writes their signs into the model. ValueError at a NaN."""
+        """Saves the latent weights, writes their signs into the model.
+
+        Raises ValueError at a NaN or an infinity, RuntimeError if a step changed the signs before.
+        """
         self._check_unchanged()
         self.save_params()
         for name, w in self._latent().items():
@@ -523,8 +534,9 @@ def batch_norm_statistics(model, params, buffers, batches, forward=apply):
 
     In training they are moving averages over steps with other signs; here they belong to the params
     given. A variance is the mean of those within batches plus the variance of their means, each
-    batch by its number of images. Take training images, not test images. The model is left as it
-    was. Raises ValueError if there are no batches. Source: Wu and Johnson 2021, arXiv:2105.07576.
+    batch by its number of images; a norm that runs twice gets an average of both. Take training
+    images, not test images. The model is left as it was. Raises ValueError if there are no batches.
+    Source: Wu and Johnson 2021, arXiv:2105.07576.
     """
     moving = {name: m for name, m in batch_norms(model).items() if m.momentum != 0}  # not frozen
     momenta = {name: m.momentum for name, m in moving.items()}
@@ -532,8 +544,9 @@ def batch_norm_statistics(model, params, buffers, batches, forward=apply):
     images = 0
     try:
         for x, _ in batches:
-            images += len(x)
-            share = len(x) / images
+            count = len(tree_leaves(x)[0])  # the first of several arguments
+            images += count
+            share = count / images
             for m in moving.values():
                 m.momentum = share  # the moving average is then the mean of all so far
             before = {**buffers, **statistics}
@@ -599,15 +612,17 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
     def init(params):
         device = next((p.device for p in params.values()), None)
         step = torch.zeros((), device=device)
-        return {"step": step, "mean": zeros_like(params), "square": zeros_like(params)}
+        wide = {name: p.to(wide_dtype(p)) for name, p in params.items()}
+        return {"step": step, "mean": zeros_like(wide), "square": zeros_like(wide)}
 
     def update(grads, state, params, lr):
         step = state["step"] + 1
         updates, means, squares = {}, {}, {}
         for name, g in grads.items():
-            mean = beta1 * state["mean"][name] + (1 - beta1) * g
-            square = beta2 * state["square"][name] + (1 - beta2) * g * g
-            count = step.to(wide_dtype(g))
+            wide = g.to(wide_dtype(g))  # in half precision a square is soon 0
+            mean = beta1 * state["mean"][name] + (1 - beta1) * wide
+            square = beta2 * state["square"][name] + (1 - beta2) * wide * wide
+            count = step.to(wide.dtype)
             root = (square / bias(beta2, count)).sqrt() + eps
             updates[name] = (-lr / bias(beta1, count) * mean / root).to(g.dtype)
             means[name] = mean
@@ -728,11 +743,12 @@ TERNARY = Method(ternarize, no_clip)
 def magnitude_masks(params, names, share):
     """The masks {name: bool} that drop that share, 0 to 1, of the weights: the smallest ones.
 
-    The share is of all the weights in names together. Raises ValueError for a share beyond 0 to 1.
-    Source: after Han et al. 2015, arXiv:1506.02626.
+    The share is of all the weights in names together. Raises ValueError for a share beyond 0 to 1,
+    KeyError. Source: after Han et al. 2015, arXiv:1506.02626.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a share of {share}: it is from 0 to 1, as 0.5 is for a half")
+    check_names(params, names)
     magnitudes = torch.cat([params[name].abs().flatten() for name in names])
     smallest = magnitudes.argsort(stable=True)[: round(share * len(magnitudes))]
     kept = torch.ones_like(magnitudes, dtype=torch.bool)
@@ -758,8 +774,7 @@ def apply_mask(method, mask):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Muon, the optimizer of the main preset, and optimizers made of others. The paper needs 500
-#     epochs of Adam; the main preset is as good after seven.
+# 10. Muon, the optimizer of the main preset, and optimizers made of others
 # --------------------------------------------------------------------------------------------------
 
 
@@ -768,8 +783,8 @@ def newton_schulz(g, steps=5, dtype=torch.bfloat16):
 
     g: float (rows, columns); the result has its dtype. Computed in the dtype given. Each step is an
     odd polynomial of the matrix, a x + b x^3 + c x^5 for every singular value x at once, with a, b
-    and c chosen so that small values grow fast; they end between 0.7 and 1.2. Source: Jordan et al.
-    2024, "Muon".
+    and c chosen so that small values grow fast. After 5 steps they lie between 0.7 and 1.2, but for
+    those that began below a hundredth or so. Source: Jordan et al. 2024, "Muon".
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[0] > g.shape[1]
@@ -870,8 +885,9 @@ def glorot_scale(params, names, power=1):
 
     power: 1 for Adam, 2 for SGD. fan_in = in * k * k, fan_out = out * k * k. Source: the paper,
     section 2.5; the authors' code divides by this: half the bound that Glorot and Bengio 2010 draw
-    weights within.
+    weights within. Raises KeyError for names that are not in params.
     """
+    check_names(params, names)
     scale = {}
     for name in names:
         fan_in = params[name][0].numel()
@@ -957,7 +973,8 @@ class QuantizedInput(OwnLayer):
 def sign_input(x):
     """sign(x), sign(0) = +1, with the gradient cut where abs(x) > 1: the activations of XNOR-Net.
 
-    x: float, any shape. Source: Rastegari et al. 2016, section 3.2, after Courbariaux et al. 2016,
+    x: float, any shape. The input scale K of the paper is left out, as in most later networks.
+    Source: Rastegari et al. 2016, section 3.2; the gradient: 3.1, after Courbariaux et al. 2016,
     arXiv:1602.02830.
     """
     above_1 = 1 + torch.finfo(x.dtype).eps  # the next number: hardtanh cuts at its ends too
@@ -1013,7 +1030,8 @@ def quantized_inputs(grids, forward=apply):
     """A forward to pass in place of apply: the same, with layers that quantize their inputs first.
 
     grids: {weight's name: (bits, zero_point)}. For 2 bits and more the scale is the learned entry
-    "NAME:input_step_size" of params (LSQ); for 1 bit it is XNOR-Net's sign. Raises KeyError.
+    "NAME:input_step_size" of params (LSQ); for 1 bit it is XNOR-Net's sign. The forward raises
+    KeyError for a name or a scale that is not there.
     """
 
     def quantizer(name, params):
@@ -1028,7 +1046,8 @@ def quantized_inputs(grids, forward=apply):
         return round_to_grid
 
     def quantized_forward(model, params, buffers, x, train=False):
-        check_names(params, grids)
+        steps = [f"{name}:input_step_size" for name, (bits, _) in grids.items() if bits > 1]
+        check_names(params, [*grids, *steps])
         own = {name: QuantizedInput(params[name], quantizer(name, params)) for name in grids}
         return forward(model, {**params, **own}, buffers, x, train)
 
@@ -1068,7 +1087,8 @@ def min_mse(x, bits):
     """The grid (scale, zero_point) of least squared error on x, with min_max's zero point."""
     x = some_values(x)
     widest, zero_point = min_max(x, bits)
-    return least_squared_error(x, widest, -zero_point, 2**bits - 1 - zero_point), zero_point
+    scale = least_squared_error(x, widest, -zero_point, 2**bits - 1 - zero_point)
+    return scale.clamp(min=torch.finfo(x.dtype).tiny), zero_point  # its inverse is finite
 
 
 def min_mse_step(w, bits):
@@ -1084,15 +1104,18 @@ def calibrate_inputs(model, params, buffers, x, bits, fit=min_max):
 
     bits: {weight's name: bits}. x: training images, never test images, as the network takes them.
     fit: min_max or min_mse, of what the layer receives; where a layer is called twice, the last
-    time. Raises ValueError where an input has a NaN or an infinity.
+    time. A weight that no F.conv2d or F.linear takes, as in attention, has no grid. Raises
+    ValueError where an input has a NaN or an infinity, KeyError.
     """
     scales, grids = {}, {}
 
     def watcher(name):
         def watch(x):
             check_finite(f"the input of {name}", x)
-            scales[f"{name}:input_step_size"], zero_point = fit(x.float(), bits[name])
-            grids[name] = (bits[name], zero_point)
+            grids[name] = (1, 1)  # signs, which have no scale
+            if bits[name] > 1:
+                scales[f"{name}:input_step_size"], zero_point = fit(x.float(), bits[name])
+                grids[name] = (bits[name], zero_point)
             return x
 
         return watch
@@ -1130,13 +1153,14 @@ def onednn_conv2d(q, w, zero_point, input_scale, scale, shift, geometry, memo):
     operators are private: those that torch.compile writes for quantized networks.
     """
     key = (geometry, tuple(q.shape), input_scale, zero_point)
-    if key not in memo:
-        memo.clear()
-        memo[key] = torch.ops.onednn.qconv_prepack(
+    kept, prepared = memo.get("onednn", (None, None))
+    if kept != key:
+        prepared = torch.ops.onednn.qconv_prepack(
             w, scale, input_scale, zero_point, *geometry, list(q.shape)
         )
+        memo["onednn"] = (key, prepared)  # the last one alone; at once, as threads may share it
     zeros = torch.zeros_like(scale).long()
-    weight = (memo[key], scale, zeros, shift)
+    weight = (prepared, scale, zeros, shift)
     # the output's scale, zero point and dtype, and no activation behind it
     output = (1.0, 0, torch.float32, "none", [], "")
     return torch.ops.onednn.qconv2d_pointwise(
@@ -1392,8 +1416,8 @@ class Packed(OwnLayer):
             q = F.pad(q, margins, value=zero_point)
         in_planes = q.is_contiguous()
         if suits_onednn(q, w, geometry):
-            prepared = self.memo.setdefault("onednn", {})
-            y = onednn_conv2d(q, w, zero_point, input_scale, self.scale, bias, geometry, prepared)
+            more = (input_scale, self.scale, bias, geometry, self.memo)
+            y = onednn_conv2d(q, w, zero_point, *more)
         else:
             sums = integer_conv2d(q, w, zero_point, *geometry)
             y = torch.addcmul(per_filter(bias, 3), sums, per_filter(input_scale * self.scale, 3))
@@ -1446,8 +1470,8 @@ def pack(params, bits, grids=None):
     bits: {name: 1 to 8}: 1 for alpha * sign(w); 2 for ternary weights; k for weights on the grid of
     their "NAME:step_size", or else rounded to that of the largest in each filter. grids: {name:
     (bits, zero_point)} of inputs, whose scale is "NAME:input_step_size", or measured in each batch
-    without one. Raises ValueError at a NaN, where 1 bit is not enough, and for bits that cannot be;
-    KeyError.
+    without one. Raises ValueError at a NaN, for weights that so many bits do not hold, and for bits
+    and zero points that cannot be; KeyError.
     """
     grids = grids or {}
     own = {name: w for name, w in params.items() if ":" not in name}
@@ -1477,6 +1501,8 @@ def check_bits(name, bits, grid):
         raise ValueError(
             f"{name}: bits of weights (16 and 32: full precision) and inputs are 1 to 8"
         )
+    if grid and grid[1] not in range(2 ** grid[0]):
+        raise ValueError(f"{name}: a zero point of {grid[1]}, which {grid[0]} bits do not hold")
     if bits > 8 and grid:
         raise ValueError(f"{name}: integers need weights of 8 bits at most, for an input on a grid")
 
@@ -1498,9 +1524,14 @@ def pack_weight(name, w, shift, bits, grid, params):
         q = (signs + 1) / 2
     else:
         unit = torch.where(scale == 0, 1.0, scale)  # of a filter of zeros
-        q = (w / per_filter(unit, w.ndim)).round().clamp(-top - 1, top) + 2 ** (bits - 1)
+        q = (w / per_filter(unit, w.ndim)).round()
+        if q.amin() < -top - 1 or q.amax() > top:
+            raise ValueError(f"{name}: weights beyond the grid of its step size: quantize it first")
+        q = q + 2 ** (bits - 1)
 
     input_scale = params.get(f"{name}:input_step_size")
+    if grid is None or grid[0] == 1:
+        input_scale = None  # signs have no scale
     if input_scale is not None:
         input_scale = input_scale.item()
     return Packed(pack_bits(q, bits), bits, tuple(w.shape), scale, shift, grid, input_scale)
@@ -2509,8 +2540,8 @@ def micronet_score(cost, accumulator=fp32_sums, freebie=False):
     Eligible at 80 %. Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where
     zeros make that smaller, plus multiplications and additions over 10.49e9 of 32 bits. Zeros are
     not multiplied; +-1 by a float or by +-1 costs 1 bit. accumulator(w_bits, a_bits, terms): of an
-    addition. freebie: 32 bits count as 16 in all but additions; ValueError where there are fewer
-    than 16. Source: the challenge's rules.
+    addition. freebie: 32 bits count as 16 in storage and in the products of layers; ValueError where
+    there are fewer than 16. Source: the challenge's rules.
     """
     if freebie and any(row.values and row.w_bits < 16 for row in cost):
         raise ValueError("the freebie is for networks with nothing below 16 bits")

@@ -255,7 +255,7 @@ def resnet18(classes=10, width=1.0, act=F.relu):
     return ResNet(scaled((64, 128, 256, 512), width), 2, True, classes, act)
 
 
-def hadamard_stem(channels):
+def sign_patterns(channels):
     """The first weights of Fast, (channels, 3, 2, 2) of +-1: patterns of 2x2 pixels and their
     opposites.
 
@@ -286,7 +286,7 @@ def hadamard_stem(channels):
 class Fast(nn.Module):
     """A network made for training speed, after airbench94 (Jordan 2024, arXiv:2404.00498).
 
-    Unlike there, its first layer is +-1 (see hadamard_stem), and batch norm stands after the last
+    Unlike there, its first layer is +-1 (see sign_patterns), and batch norm stands after the last
     layer too, as in the BinaryConnect paper: it gives +-1 weights logits of the right scale.
 
     saturation: by how much a pixel's colours are set apart from their mean before all else, 1 as
@@ -307,7 +307,7 @@ class Fast(nn.Module):
         self.linear = nn.Linear(channels[-1], classes, bias=False)
         self.linear_norm = nn.BatchNorm1d(classes)
         with torch.no_grad():
-            self.stem.weight.copy_(hadamard_stem(stem))
+            self.stem.weight.copy_(sign_patterns(stem))
             self.linear_norm.weight.fill_(1.5)
 
     def forward(self, x):

@@ -109,7 +109,7 @@ class Config:
     bias_lr: float = 1.0
     renorm: bool = False  # Muon brings each weight back to its norm
     rest_momentum: float = 0.0
-    step_lr: float = 0.02  # of LSQ's step sizes, as a share of them
+    step_lr: float = 0.02  # of LSQ's step sizes: times lr, and times what they begin with
 
 
 OPTIMIZERS = {
@@ -238,7 +238,8 @@ def make_optimizer(config, params, names):
         optimizer = bcq.partition(matrices, matrix, rest)
 
     # Learned step sizes have an Adam of their own, in shares of what they began with.
-    rates = {k: config.step_lr * w.item() for k, w in params.items() if ":" in k}
+    steps = [k for k in params if ":" in k and k not in config.frozen]
+    rates = {k: config.step_lr * params[k].item() for k in steps}
     if rates:
         optimizer = bcq.partition(rates, bcq.scale_updates(bcq.adam(), rates), optimizer)
     return optimizer
@@ -447,7 +448,7 @@ def load_data(dataset, data_dir, classes=None):
         data["mean"], data["std"] = STATISTICS[data["name"]]
     else:  # over some images of every class, however they are sorted
         order = torch.randperm(len(data["train_x"]), generator=torch.Generator().manual_seed(0))
-        pixels = data["train_x"][order[:10_000]].double() / 255
+        pixels = data["train_x"][order[-10_000:]].double() / 255  # validation takes the first
         data["mean"] = pixels.mean((0, 2, 3)).tolist()
         data["std"] = pixels.std((0, 2, 3)).clamp(min=1 / 255).tolist()  # one colour is no fault
     return data
@@ -1201,6 +1202,8 @@ def prepare_job(config, source, world=World(), saved=None):
     else:
         parts = begin(config, data, model, init)
     parts = broadcast(parts, world, device)
+    steps = [k for k in parts["params"] if k.removesuffix(":step_size") in config.frozen]
+    config = replace(config, frozen=tuple(dict.fromkeys([*config.frozen, *steps])))
     methods = choose_methods(config, parts["bits"], parts["masks"])
     optimizer = make_optimizer(config, parts["params"], methods)
 
@@ -1448,7 +1451,7 @@ def refuse_blind_signs(mode, model, params, buffers, x, names):
     def lowest(x, bits):
         return x.min(), 0
 
-    bits = dict.fromkeys(names, 1)
+    bits = dict.fromkeys(names, 8)
     found, _ = bcq.calibrate_inputs(model, params, buffers, x, bits, lowest)
     for key, low in found.items():
         if low >= 0:
@@ -2168,6 +2171,8 @@ def describe(job, folder):
         own = [name for name, b in job.bits.items() if b == bits]
         count = sum(params[name].numel() for name in own)
         print(f"           {count:,} weights in {len(own)} layers, bits each: {bits}")
+    if config.mode == "lsq":
+        print_unquantized(job.bits, job.grids)
 
     said = ["mode", "model", "dataset", "classes", "preset", "typed", "dtype", "seed"]
     if not config.teacher:
@@ -2356,11 +2361,20 @@ def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
     elif inputs == "static":
         fit = {"min-max": bcq.min_max, "min-mse": bcq.min_mse}[fit]
         own = torch.Generator().manual_seed(0)
-        rows = torch.randperm(len(data["train_y"]), generator=own)[:1000]
+        rows = torch.randperm(len(data["train_y"]), generator=own)[-1000:]  # validation: the first
         x = prepare(data["train_x"][rows.to(data["train_x"].device)], data)
         scales, grids = bcq.calibrate_inputs(net.model, params, net.buffers, x, input_bits, fit)
         params = {**params, **scales}
+        print_unquantized(names, grids)
     return re.sub(r"[^\w.-]", "_", name), bcq.deploy(net.model, params, net.buffers, bits, grids)
+
+
+def print_unquantized(names, grids):
+    """Prints which layers' inputs have no grid: attention, say, reads its weights in its own way."""
+    left = [name for name in names if name not in grids]
+    if left:
+        why = "which no F.conv2d or F.linear takes"
+        print(f"inputs     in full precision, of weights {why}: {', '.join(left)}")
 
 
 def convert(args):

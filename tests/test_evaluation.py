@@ -67,6 +67,27 @@ def test_batch_norm_statistics_are_those_of_all_images_in_whatever_batches_they_
         bcq.batch_norm_statistics(small, params, buffers, [])
 
 
+class Sum(nn.Module):
+    """A norm of the sum of its two arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, a, b):
+        return self.norm(a + b)
+
+
+def test_batch_norm_statistics_weigh_batches_of_several_arguments_by_their_images():
+    model = Sum()
+    a, b = 5 + torch.randn(100, 3), torch.randn(100, 3)
+    a[90:] += 40
+    data = [((a[part], b[part]), None) for part in (slice(0, 90), slice(90, 100))]
+    updated = bcq.batch_norm_statistics(model, *bcq.split(model), data)
+    assert torch.allclose(updated["norm.running_mean"], (a + b).mean(0), rtol=1e-4)
+    assert torch.allclose(updated["norm.running_var"], (a + b).var(0), rtol=0.02)
+
+
 class Scaled(nn.Module):
     """A module with a buffer that is no statistic."""
 

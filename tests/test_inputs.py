@@ -263,6 +263,47 @@ def test_the_step_of_weights_that_are_all_zero_is_positive():
     assert bcq.min_mse_step(torch.zeros(4, 3), 4) > 0
 
 
+@pytest.mark.parametrize("fit", [bcq.min_max, bcq.min_mse])
+def test_inputs_that_were_all_zero_at_calibration_compute_zeros_and_no_nan(fit):
+    layer = nn.Sequential(nn.Linear(3, 2, bias=False))
+    params, buffers = bcq.split(layer)
+    x = torch.zeros(4, 3)
+    scales, grids = bcq.calibrate_inputs(layer, params, buffers, x, {"0.weight": 8}, fit)
+    forward = bcq.quantized_inputs(grids)
+    assert (forward(layer, {**params, **scales}, buffers, x)[0] == 0).all()
+    packed, _ = bcq.deploy(layer, {**params, **scales}, buffers, {"0.weight": 8}, grids, (3,))
+    assert (bcq.apply(layer, packed, buffers, x)[0] == 0).all()
+
+
+def test_inputs_of_1_bit_are_signs_and_have_no_scale():
+    layer = nn.Sequential(nn.Linear(4, 2, bias=False))
+    params, buffers = bcq.split(layer)
+    x = torch.randn(8, 4)
+    scales, grids = bcq.calibrate_inputs(layer, params, buffers, x, {"0.weight": 1}, bcq.min_mse)
+    assert scales == {} and grids == {"0.weight": (1, 1)}
+    own = {"0.weight": bcq.binarize(params["0.weight"]), "0.weight:input_step_size": x.std()}
+    packed = bcq.pack(own, {"0.weight": 1}, grids)
+    assert packed["0.weight"].input_scale is None
+    (row,) = bcq.count_cost(layer, packed, buffers, (4,))
+    assert row.side_bits == 2 * 32  # a scale for each filter
+
+
+def test_a_weight_that_no_layer_takes_has_no_grid_of_inputs():
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    params, buffers = bcq.split(model)
+    x = torch.randn(2, 3, 8)
+    bits = dict.fromkeys(bcq.quantizable(model), 8)
+    forward = (x, x, x)
+    assert bcq.calibrate_inputs(model, params, buffers, forward, bits)[1] == {}
+
+
+def test_a_scale_that_is_not_there_is_named(small):
+    params, buffers = bcq.split(small)
+    forward = bcq.quantized_inputs({"conv.weight": (4, 0)})
+    with pytest.raises(KeyError, match="conv.weight:input_step_size"):
+        forward(small, params, buffers, torch.randn(2, 3, 8, 8))
+
+
 def test_calibration_sees_what_each_layer_receives_and_changes_nothing(small):
     params, buffers = bcq.split(small)
     kept = {k: p.clone() for k, p in params.items()}

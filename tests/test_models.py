@@ -59,7 +59,7 @@ def test_fast_has_2_million_weights_and_no_layer_that_cannot_be_binary():
 
 
 def test_the_first_weights_of_fast_are_signs_that_balance_every_pattern_with_its_opposite():
-    bank = models.hadamard_stem(32)
+    bank = models.sign_patterns(32)
     assert set(bank.unique().tolist()) == {-1.0, 1.0} and (bank.sum(0) == 0).all()
     assert torch.linalg.matrix_rank(bank.flatten(1)) == 12
     assert len(bank.flatten(1).unique(dim=0)) == 32

@@ -112,6 +112,7 @@ def test_calibration_takes_a_thousand_training_images_and_no_others(
     words = ["--dtype", "int8", "--checkpoint", fp32_run / "model.pth", "--out", tmp_path]
     succeed("--mode", "ptq", *words, *more)
     data = run.load_data("shapes", "none")
+    data = run.split_validation(data, 50, None, 0)  # those held out are none of them
     train = {x.numpy().tobytes() for x in run.prepare(data["train_x"], data)}
     (images,) = seen
     assert len(images) == 1000 and all(x.numpy().tobytes() in train for x in images)

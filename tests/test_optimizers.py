@@ -225,6 +225,19 @@ def test_an_update_writes_into_none_of_its_arguments_and_moves_no_parameter_itse
         assert update.abs().max() > 0 and update.data_ptr() != params[k].data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adam_in_half_precision_takes_its_steps_from_moments_in_float32(dtype):
+    adam, grads = bcq.adam(), [1e-4, -3e-5, 2.0]
+    p = {"w": torch.zeros(3, dtype=dtype)}
+    state, wide = adam.init(p), adam.init({"w": torch.zeros(3)})
+    for _ in range(3):
+        g = {"w": torch.tensor(grads, dtype=dtype)}
+        moved, state = adam.update(g, state, p, 0.1)
+        expected, wide = adam.update({"w": g["w"].float()}, wide, {"w": torch.zeros(3)}, 0.1)
+        assert moved["w"].dtype == dtype and torch.equal(moved["w"], expected["w"].to(dtype))
+    assert state["square"]["w"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "optimizer", [bcq.sgd(0.9), bcq.adam(), bcq.scale_updates(bcq.adam(), 0.5)]
 )

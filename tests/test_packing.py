@@ -105,6 +105,22 @@ def test_bits_that_a_byte_does_not_hold_are_refused(bits, inputs, small):
         bcq.pack(params, {"conv.weight": bits}, {"conv.weight": (inputs, 0)})
 
 
+@pytest.mark.parametrize("grid", [(8, 256), (8, -1), (2, 4), (8, 0.5)])
+def test_a_zero_point_that_its_bits_do_not_hold_is_refused_before_it_is_in_a_file(grid, small):
+    params, _ = bcq.split(small)
+    with pytest.raises(ValueError, match="conv.weight: a zero point of"):
+        bcq.pack(params, {"conv.weight": 8}, {"conv.weight": grid})
+
+
+def test_weights_beyond_the_grid_of_their_step_size_are_refused_and_not_clipped():
+    params = {"0.weight": torch.tensor([[0.1, 0.7]]), "0.weight:step_size": torch.tensor([0.1])}
+    with pytest.raises(ValueError, match="0.weight: weights beyond the grid of its step size"):
+        bcq.pack(params, {"0.weight": 2})
+    own = bcq.quantize_params(params, {"0.weight": bcq.lsq_method(2)})
+    packed = bcq.pack({**own, "0.weight:step_size": params["0.weight:step_size"]}, {"0.weight": 2})
+    assert torch.equal(packed["0.weight"].dequantize(), own["0.weight"])
+
+
 def test_names_that_are_not_there_and_real_weights_with_inputs_on_a_grid_are_errors(small):
     params, _ = bcq.split(small)
     for bits, grids in (({"conv.wait": 8}, {}), ({}, {"conv.wait": (8, 0)})):

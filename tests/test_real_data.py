@@ -39,7 +39,7 @@ def off_diagonal(correlations):
 
 
 def test_the_first_patterns_of_fast_are_far_less_correlated_on_real_images_than_pixels_are(data):
-    bank = models.hadamard_stem(16).flatten(1)
+    bank = models.sign_patterns(16).flatten(1)
     images = run.normalize(data["train_x"][:500], data["mean"], data["std"])
     patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
     of_patterns = off_diagonal(torch.corrcoef(bank @ patches.T))

@@ -627,6 +627,21 @@ def test_what_a_model_of_ones_own_has_frozen_stays_as_it_was(tmp_path):
     assert moved == {"2.weight", "2.bias"}
 
 
+def test_a_frozen_weight_keeps_its_learned_step_size_and_so_what_it_is_deployed_as(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch.nn as nn\n"
+        "def Net(classes):\n"
+        "    model = nn.Sequential(nn.Conv2d(3, 4, 3, 4), nn.Flatten(), nn.Linear(256, classes))\n"
+        "    model[0].requires_grad_(False)\n"
+        "    return model\n"
+    )
+    job = job_of("--mode", "lsq", "--model", f"{tmp_path}/net.py:Net")
+    state, _ = run.make_step(job)(run.initial_state(job), 0.1)
+    moved = {k for k, w in job.params.items() if not torch.equal(w, state["params"][k])}
+    assert "2.weight:step_size" in moved
+    assert not moved & {"0.weight", "0.bias", "0.weight:step_size"}
+
+
 def test_a_model_with_an_infinite_mask_comes_to_the_end_of_its_training(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "draw_report", DRAW_REPORT)
     (tmp_path / "net.py").write_text(

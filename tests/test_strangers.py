@@ -616,6 +616,10 @@ def test_labels_that_cross_entropy_leaves_out_do_not_count_as_wrong():
     assert found["accuracy"] == 2 / 3
     expected = F.cross_entropy(x, labels).item()
     assert abs(found["loss"] - expected) < 1e-6
+    step = bcq.make_train_step(nn.Linear(2, 2, bias=False), {}, bcq.sgd(), F.cross_entropy)
+    params = {"weight": torch.eye(2)}
+    *_, metrics = step(params, {}, bcq.sgd().init(params), (x, labels), 0.1)
+    assert metrics["accuracy"] == torch.tensor(2 / 3)
 
 
 def test_square_hinge_refuses_labels_of_another_shape():

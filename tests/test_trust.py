@@ -594,7 +594,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_network_and_all
     process = start(*words, "whole")
     process.communicate()
     draw, kills = random.Random(0), 0
-    for i in range(5):
+    for i in range(3):
         folder, again, longest = Path(f"cut-{i}"), words, 0.5
         while not (folder / "result.json").exists():
             process = start(*again, folder)
@@ -615,7 +615,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_network_and_all
         assert succeeded.returncode == 0 and same(outcome(folder), outcome(Path("whole")))
         files = {*run.REPORTS, "last.pth", "model.pth"}
         assert {path.name for path in folder.iterdir()} - {".lock"} == files
-    print(f"5 runs, {kills} kills")
+    print(f"3 runs, {kills} kills")
     assert kills > 4
 
 
