@@ -232,11 +232,12 @@ def apply(model, params, buffers, x, train=False):
     model.train(train). Entries of params with a colon are not the model's; an OwnLayer in place of
     a tensor computes its own layer (part two). The model is left as it was; while it runs it holds
     these tensors, so two threads need two models. A forward that writes into a parameter (as an
-    embedding with max_norm does) writes into params. Raises RuntimeError if a tensor is missing:
-    torch would take the module's own, silently.
+    embedding with max_norm does) writes into params, one that writes into its input into a copy.
+    Raises RuntimeError if a tensor is missing: torch would take the module's own, silently.
     """
     if isinstance(x, list):
         x = tuple(x)
+    x = tree_map_only(torch.Tensor, torch.clone, x)
     tensors = {}
     for name, w in params.items():
         if isinstance(w, OwnLayer):
@@ -640,13 +641,13 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
 def to_dtype(tensors, dtype):
     """A dict of params or buffers with its floating tensors in dtype, as model.half() has them.
 
-    Raises ValueError, with the name, where a finite value would become infinite (above 65504 in
-    float16).
+    Packed weights, and others that are no tensors, stay as they are. Raises ValueError, with the
+    name, where a finite value would become infinite (above 65504 in float16).
     """
     converted = {}
     for name, t in tensors.items():
         converted[name] = t
-        if t.is_floating_point():
+        if torch.is_tensor(t) and t.is_floating_point():
             converted[name] = t.to(dtype)
             lost = t.isfinite() & ~converted[name].isfinite()
             if lost.any():
@@ -749,6 +750,8 @@ def magnitude_masks(params, names, share):
     if not 0 <= share <= 1:
         raise ValueError(f"a share of {share}: it is from 0 to 1, as 0.5 is for a half")
     check_names(params, names)
+    if not names:
+        return {}
     magnitudes = torch.cat([params[name].abs().flatten() for name in names])
     smallest = magnitudes.argsort(stable=True)[: round(share * len(magnitudes))]
     kept = torch.ones_like(magnitudes, dtype=torch.bool)
@@ -1013,6 +1016,7 @@ def lsq(x, step_size, low, high, size):
     of one image; its gradient is scaled by 1 / sqrt(size * high). Source: Esser et al. 2020,
     arXiv:1902.08153, section 2.
     """
+    step_size = step_size.reshape(())  # else it would decide on the dtype
     return LearnedStep.apply(x, step_size, low, high, (size * max(high, 1)) ** -0.5)
 
 
@@ -1059,6 +1063,8 @@ def min_max(x, bits):
     low = x.amin().clamp(max=0)  # on a CPU, min() is slow in channels-last
     high = x.amax().clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(x.dtype).tiny)
+    if not math.isfinite(scale):
+        raise ValueError("NaN or inf in the inputs of a layer: they have no grid")
     zero_point = min(2**bits - 1, round((-low / scale).item()))
     return scale, zero_point
 
@@ -1092,7 +1098,7 @@ def min_mse(x, bits):
 
 
 def min_mse_step(w, bits):
-    """The step size of least squared error on weights, for lsq_method's grid: a tensor."""
+    """The step size of least squared error on weights, for lsq_method's grid, of 2 bits or more."""
     w = some_values(w)
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     widest = torch.maximum(w.max() / highest, w.min() / lowest)
@@ -1103,19 +1109,21 @@ def calibrate_inputs(model, params, buffers, x, bits, fit=min_max):
     """The grids of layers' inputs: ({"NAME:input_step_size": scale}, {name: (bits, zero_point)}).
 
     bits: {weight's name: bits}. x: training images, never test images, as the network takes them.
-    fit: min_max or min_mse, of what the layer receives; where a layer is called twice, the last
-    time. A weight that no F.conv2d or F.linear takes, as in attention, has no grid. Raises
-    ValueError where an input has a NaN or an infinity, KeyError.
+    fit: min_max or min_mse, of what the layer receives, in all its calls. A weight that no F.conv2d
+    or F.linear takes, as in attention, has no grid. Raises ValueError where an input has a NaN or
+    an infinity, KeyError.
     """
-    scales, grids = {}, {}
+    scales, grids, before = {}, {}, {}
 
     def watcher(name):
         def watch(x):
             check_finite(f"the input of {name}", x)
             grids[name] = (1, 1)  # signs, which have no scale
             if bits[name] > 1:
-                scales[f"{name}:input_step_size"], zero_point = fit(x.float(), bits[name])
+                values = torch.cat([x.float().flatten(), *before.get(name, [])])
+                scales[f"{name}:input_step_size"], zero_point = fit(values, bits[name])
                 grids[name] = (bits[name], zero_point)
+                before[name] = [some_values(values), torch.stack(values.aminmax())]
             return x
 
         return watch
@@ -1130,7 +1138,7 @@ def calibrate_inputs(model, params, buffers, x, bits, fit=min_max):
 # 12. Layers in integers. With x = s_x (q_x - z) and w = s_w q_w, a sum of products is
 #     s_x s_w * sum of (q_x - z) q_w: integers, exact in 32 bits, and one multiplication at the end.
 #     There are three kernels: oneDNN's convolution on a CPU with VNNI, a product of int8 matrices,
-#     and, where neither is exact, floats wide enough to hold every sum.
+#     and, where neither is exact or fast, floats wide enough to hold every sum.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1201,6 +1209,16 @@ def suits_onednn(q, w, geometry):
     return square and usual and wide and few_terms and is_exact(onednn_conv2d, q.device)
 
 
+def multiplies_int8(device):
+    """Whether products of int8 matrices are exact there, and not the slower way.
+
+    Without VNNI, which oneDNN's convolution needs to be exact, a CPU takes some 20 times as long for
+    them as for the same sums in floats.
+    """
+    in_hardware = device.type != "cpu" or is_exact(onednn_conv2d, device)
+    return in_hardware and is_exact(int_mm, device)
+
+
 @functools.cache
 def has_float64(device):
     """Whether a device computes in float64: some accelerators do not."""
@@ -1215,7 +1233,9 @@ def sum_in_floats(layer, q, w, zero_point):
     device = q.device
     if not has_float64(device):
         q, w = q.cpu(), w.cpu()
-    largest = 255 * w.int().abs().flatten(1).sum(1).max().item()
+    up, down = (part.clamp(min=0).flatten(1).sum(1) for part in (w.int(), -w.int()))
+    above, below = 255 - zero_point, zero_point  # how far q lies from it
+    largest = torch.maximum(above * up + below * down, above * down + below * up).max().item()
     dtype = torch.float64
     if q.device.type == "cpu" and largest < 2**24:  # on CUDA, float32 convolutions may take TF32
         dtype = torch.float32
@@ -1238,7 +1258,7 @@ def sum_dtype(w):
 def integer_linear(q, w, zero_point):
     """(q - zero_point) @ w.T, exactly, in sum_dtype(w): (n, out). q: uint8 (n, in); w: int8 (out,
     in)."""
-    if sum_dtype(w) == torch.int64 or not is_exact(int_mm, q.device):
+    if sum_dtype(w) == torch.int64 or not multiplies_int8(q.device):
         return sum_in_floats(F.linear, q, w, zero_point)
     centred = q.bitwise_xor(128).view(torch.int8)  # q - 128
     return int_mm(centred, w.T) + (128 - zero_point) * w.sum(1).int()
@@ -1252,7 +1272,7 @@ def integer_conv2d(q, w, zero_point, stride=(1, 1), padding=(0, 0), dilation=(1,
     """
     geometry = {"stride": stride, "padding": padding, "dilation": dilation}
     short = sum_dtype(w) == torch.int32
-    if groups == 1 and short and is_exact(int_mm, q.device):
+    if groups == 1 and short and multiplies_int8(q.device):
         return conv2d_by_windows(q, w, zero_point, **geometry)
     layer = functools.partial(F.conv2d, groups=groups, **geometry)
     return sum_in_floats(layer, q, w, zero_point)
@@ -1275,7 +1295,7 @@ def conv2d_by_windows(q, w, zero_point, stride, padding, dilation):
     windows = x.as_strided((n, rows, columns, kh, kw, channels), strides)
     windows = windows.reshape(n * rows * columns, kh * kw * channels)
     sums = integer_linear(windows, w.permute(0, 2, 3, 1).flatten(1), zero_point)
-    return rearrange(sums, "(n h w) c -> n c h w", n=n, h=rows)
+    return rearrange(sums, "(n h w) c -> n c h w", n=n, h=rows, w=columns)
 
 
 def quantize_input(x, grid, scale=None):
@@ -1284,7 +1304,9 @@ def quantize_input(x, grid, scale=None):
     if bits == 1:  # codes 0 and 2 around a zero point of 1
         return 2 * (x >= 0).to(torch.uint8), 1.0, 1
     if scale is None:
-        scale, zero_point = min_max(x, bits)
+        scale, zero_point = 1.0, 0
+        if len(x):
+            scale, zero_point = min_max(x, bits)
 
     q = torch.empty_like(x, dtype=torch.uint8)
     few = max(1, len(x))
@@ -1490,14 +1512,14 @@ def pack(params, bits, grids=None):
             raise ValueError(f"{name}: NaN in it (was the learning rate too high?)")
         check_bits(name, bits.get(name, 32), grids.get(name))
         if bits.get(name, 32) <= 8:
-            check_finite(name, plain)
             packed[name] = pack_weight(name, plain, shift, bits[name], grids.get(name), params)
     return packed
 
 
 def check_bits(name, bits, grid):
     """Raises ValueError for bits of a weight and the grid of its layer's input that cannot be."""
-    if bits not in (*range(1, 9), 16, 32) or (grid and grid[0] not in range(1, 9)):
+    known = type(bits) is int and bits in (*range(1, 9), 16, 32)
+    if not known or (grid and grid[0] not in range(1, 9)):
         raise ValueError(
             f"{name}: bits of weights (16 and 32: full precision) and inputs are 1 to 8"
         )
@@ -1509,6 +1531,8 @@ def check_bits(name, bits, grid):
 
 def pack_weight(name, w, shift, bits, grid, params):
     """The Packed of a weight, float (out, ...). params: where its learned step sizes are."""
+    w = w.float()  # as scales are stored
+    check_finite(name, w)
     top = max(1, 2 ** (bits - 1) - 1)
     scale = params.get(f"{name}:step_size")
     if scale is None:
@@ -1925,14 +1949,16 @@ def save_checkpoint(path, net, hyperparam, **meta):
 
 def checkpoint_bytes(path, net, hyperparam, **meta):
     """The bytes that save_checkpoint writes to the path."""
-    content = to_device({"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}, "cpu")
+    content = {"bcq": 1, "net": net, "hyperparam": hyperparam, **meta}
     for key, value in content.items():
         check_savable(path, key, value)
     stream = io.BytesIO()
-    torch.save(content, stream)
+    torch.save(to_device(content, "cpu"), stream)
     # a zip archive ends with the length of its comment: from 0 to that of the seal and its checksum
     sealed = stream.getvalue()[:-2] + struct.pack("<H", len(SEAL) + 32) + SEAL
-    return sealed + hashlib.sha256(sealed).digest()
+    data = sealed + hashlib.sha256(sealed).digest()
+    read_content(path, data)  # what would be refused later is refused now
+    return data
 
 
 def write_file(path, data):
@@ -1971,6 +1997,9 @@ def check_savable(path, key, value):
     """Raises ValueError, naming the key, for a value that read_checkpoint would refuse to read."""
     if isinstance(value, dict) and type(value) in (dict, OrderedDict):
         for inner, part in value.items():
+            if type(inner) not in (str, int, float, bool, type(None)):
+                kind = type(inner).__name__
+                raise ValueError(f"{path}: {key} has a key that is a {kind}; take strings")
             check_savable(path, f"{key}: {inner}", part)
     elif type(value) in (list, tuple):
         for i, part in enumerate(value):
@@ -1978,6 +2007,8 @@ def check_savable(path, key, value):
     elif type(value) not in (*SAVED_KINDS, bool, nn.Parameter):
         kind = type(value).__name__
         raise ValueError(f"{path}: {key} is a {kind}; a checkpoint holds tensors, numbers, strings")
+    elif torch.is_tensor(value) and value.is_meta:
+        raise ValueError(f"{path}: {key} is a meta tensor, which has no values")
 
 
 def read_checkpoint(path):
@@ -1989,7 +2020,11 @@ def read_checkpoint(path):
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path}: not a file")
-    data = Path(path).read_bytes()
+    return read_content(path, Path(path).read_bytes())
+
+
+def read_content(path, data):
+    """The dict in the bytes of a checkpoint file. path: for the errors, see read_checkpoint."""
     sealed, digest = data[:-32], data[-32:]
     has_seal = sealed.endswith(SEAL)
     if has_seal and hashlib.sha256(sealed).digest() != digest:

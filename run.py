@@ -436,8 +436,10 @@ def first_classes(data, count):
 def load_data(dataset, data_dir, classes=None):
     """The data set of the first so many classes, with the mean and std of its channels."""
     data = find_data(dataset, data_dir)
+    count = len(data["classes"])
+    if count < 2:
+        raise ValueError(f"--dataset {data['name']}: it has 1 class, and 2 are needed")
     if classes:
-        count = len(data["classes"])
         if not 2 <= classes <= count:
             raise ValueError(
                 f"--classes {classes}: {data['name']} has {count} classes, and 2 are needed"
@@ -794,15 +796,19 @@ def find_builder(name):
         sys.modules.setdefault(spec.name, module)  # where dataclasses look for it
         spec.loader.exec_module(module)
     build = getattr(module, attribute, None)
+    if isinstance(build, nn.Module):
+        raise ValueError(
+            f"--model {name}: is a network; give its class, or a function that makes it"
+        )
     if not callable(build):
         raise ValueError(f"--model {name}: {file} has no class or function {attribute}")
     return guard(build, f"building --model {name}")
 
 
 def default_width(name):
-    """The width that a constructor has by default, or None where it takes none."""
+    """The width that a constructor has by default, or None where it takes no number."""
     width = inspect.signature(find_builder(name)).parameters.get("width")
-    if width is None or width.default is width.empty:
+    if width is None or type(width.default) not in (int, float):
         return None
     return width.default
 
@@ -959,11 +965,11 @@ def is_number(value, low=0, high=math.inf, kinds=(int, float)):
 
 
 def are_tensors(value, shapes, dtype):
-    """Whether a value is a dict of tensors, those in shapes of that shape and of that dtype."""
+    """Whether a value is a dict of tensors, those in shapes of that shape and of that dtype, if any."""
     if not isinstance(value, dict) or not all(map(torch.is_tensor, value.values())):
         return False
     known = [(t, shapes[name]) for name, t in value.items() if name in shapes]
-    return all(t.shape == shape and t.dtype == dtype for t, shape in known)
+    return all(t.shape == shape and dtype in (t.dtype, None) for t, shape in known)
 
 
 def are_words(value):
@@ -1043,7 +1049,7 @@ def is_right(key, meta, params):
             positive = numbers and all(0 < step < math.inf for step in value.values())
             return positive and wanted <= value.keys()
         case "latent":
-            return are_tensors(value, shapes, torch.float32)
+            return are_tensors(value, shapes, None)  # of the model's dtypes
         case "masks":
             return are_tensors(value, shapes, torch.bool)
 
@@ -1318,7 +1324,11 @@ def takes_channels_last(config, data, model):
 
 
 def fit_teacher(teacher, config, data):
-    """The teacher as fit_network has it. Raises ValueError where it knows other images."""
+    """The teacher as fit_network has it. Raises ValueError where it knows other images or classes."""
+    names = teacher.meta.get("classes", data["classes"])
+    if names != data["classes"]:
+        why = f"was trained on other classes than those of {data['name']}"
+        raise ValueError(f"--teacher {teacher.source}: {why}: {', '.join(names[:3])}, ...")
     x = prepare(data["train_x"][:2], data)
     known = {key: teacher.meta[key] for key in PREPARED if key in teacher.meta}
     if known and not torch.equal(prepare(data["train_x"][:2], known), x):
@@ -1398,8 +1408,8 @@ def take_weights(net, params, buffers):
             why = f"{tuple(trained[name].shape)}, not {tuple(w.shape)}"
         if name not in trained or trained[name].shape != w.shape:
             raise ValueError(f"{net.source}: does not fit the model: {name} is {why}")
-    params = {name: trained[name].float() for name in params}
-    buffers = {name: net.buffers[name] for name in buffers}
+    params = {name: trained[name].to(w.dtype) for name, w in params.items()}
+    buffers = {name: net.buffers[name].to(b.dtype) for name, b in buffers.items()}
     return params, buffers, net.meta.get("masks", {})  # what was pruned stays pruned
 
 
@@ -1485,10 +1495,10 @@ def check_gradients(config, model, params, buffers, x, names):
     moving = {k: w for k, w in params.items() if k not in config.frozen}
     if not moving:
         raise ValueError(f"--model {config.model}: all its parameters are frozen")
-    for name, w in moving.items():
+    for name, w in {**params, **buffers}.items():
         if w.is_complex():
             raise ValueError(
-                f"--model {config.model}: {name} is complex; only real ones are trained"
+                f"--model {config.model}: {name} is complex; files hold only real ones"
             )
     leaves = {k: w.detach().requires_grad_() for k, w in moving.items()}
     grads = [None] * len(leaves)
@@ -2365,6 +2375,8 @@ def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
         x = prepare(data["train_x"][rows.to(data["train_x"].device)], data)
         scales, grids = bcq.calibrate_inputs(net.model, params, net.buffers, x, input_bits, fit)
         params = {**params, **scales}
+        if fit is bcq.min_max:  # beside the usual one
+            name += "-min-max"
         print_unquantized(names, grids)
     return re.sub(r"[^\w.-]", "_", name), bcq.deploy(net.model, params, net.buffers, bits, grids)
 
@@ -2406,7 +2418,7 @@ def convert(args):
     folder.mkdir(parents=True, exist_ok=True)
     kept = ["names", "mode", "dataset", "config", "classes", "train_images", "bits", *PREPARED]
     if path.suffix != ".bcq":
-        kept += ["grids", "steps"]  # a packed network has them in its layers
+        kept += ["grids", "steps", "masks"]  # a packed network has them in its layers
     meta = {key: net.meta[key] for key in kept if key in net.meta}
     meta |= {"hyperparam": net.meta.get("hyperparam")}
     if path.suffix == ".bcq":
@@ -2466,7 +2478,8 @@ def count_differences(net, other, data):
 def describe_result(kind, net, path, argv):
     """All that is known of a network and its file, for JSON: training, costs, machine."""
     plain = (net.source, net.model.state_dict(), net.meta.get("hyperparam"))
-    whole, size = len(bcq.checkpoint_bytes(*plain)), path.stat().st_size
+    prepared = {key: net.meta[key] for key in PREPARED if key in net.meta}  # in every file
+    whole, size = len(bcq.checkpoint_bytes(*plain, **prepared)), path.stat().st_size
 
     config = net.meta.get("config", {})  # files of others have none
     keys = ("mode", "dataset", "model", "preset", "width", "classes", "epochs", "seed")
@@ -2479,7 +2492,10 @@ def describe_result(kind, net, path, argv):
     try:
         result |= describe_costs(net)
     except Exception as error:  # of the user's model too: a count is not to end a training
-        print(f"scores     not counted: {one_line(error)}")
+        why = one_line(error)
+        if error.__cause__:  # of what the user's code raised
+            why += f": {one_line(error.__cause__)}"
+        print(f"scores     not counted: {why}")
 
     device = next(net.model.parameters()).device
     result |= {"device": device.type, "device_name": device_name(device)}
@@ -2509,8 +2525,11 @@ def describe_costs(net):
 def count_deployed(net):
     """The costs of a network as it is deployed, counted on the CPU: a list of bcq.Cost."""
     params, buffers = bcq.to_device(deploy_network(net), "cpu")
+    model = net.model
     try:
-        return bcq.count_cost(copy.deepcopy(net.model).cpu(), params, buffers)
+        if any(t.device.type != "cpu" for t in [*model.parameters(), *model.buffers()]):
+            model = copy.deepcopy(model).cpu()
+        return bcq.count_cost(model, params, buffers)
     except ValueError:
         raise
     except Exception as error:
@@ -2528,6 +2547,10 @@ def is_eligible(dataset, classes, accuracy):
 def score(args):
     """--mode score: a network's costs by layer, scores, size, accuracy: the exit status."""
     net, data, _ = open_checkpoint(args)
+    if not net.packed and known_bits(net):  # --mode export takes it in float32, too
+        plain = bcq.to_dtype({**net.params, **net.buffers}, torch.float32)
+        params, buffers = ({k: plain[k] for k in part} for part in (net.params, net.buffers))
+        net = replace(net, params=params, buffers=buffers, dtype=torch.float32)
     params, buffers = deploy_network(net)
     cost = count_deployed(net)
     keys = ("values", "zeros", "w_bits", "a_bits", "macs", "ops")
@@ -2538,7 +2561,9 @@ def score(args):
     stored = sum(row.values * row.w_bits + row.side_bits for row in cost) / 8
     print(f"{'in all':34} {values:12,} values, {stored:,.0f} bytes; {macs:,} multiply-accumulates")
     print(f"file       {Path(net.source).stat().st_size:,} bytes")
-    if not net.packed:
+    if net.dtype != torch.float32:
+        print(f"           the table is of the network in {net.dtype}")
+    elif not net.packed:
         print("           the table is of the network packed, as --mode export writes it")
 
     forward = guard(bcq.cast_forward(net.dtype), f"running --model {net.name}")
@@ -2627,7 +2652,7 @@ def run_cell(folder, flags):
     """Trains and exports a run of a sweep, but for what is done: (exit status, result)."""
     args = parse_arguments([*type_flags(flags), "--out", str(folder)])
     last, exported = folder / "last.pth", folder / f"model-{args.mode}.json"
-    if last.exists() and list(read_run(folder)["source"]["argv"]) != list(args.argv):
+    if last.exists() and list(read_run(folder)["source"]["argv"])[:-2] != list(args.argv)[:-2]:
         raise ValueError(f"{folder}: was run with other flags; give the sweep another --out")
     if not exported.exists():
         status = 0

@@ -1,5 +1,6 @@
 """Files: checkpoints and packed networks, sealed byte for byte, and files of before."""
 
+import functools
 import io
 import json
 import os
@@ -28,6 +29,28 @@ def saved(tmp_path, small):
     hyperparam = {"classes": 4, "width": 8}
     bcq.save_checkpoint(path, net, hyperparam, latent=params, mode="bc", names=[*binary(small)])
     return path, weights, params, buffers
+
+
+UNREADABLE = {
+    "a million numbers": [0.5] * 1_100_000,
+    "one tensor many times": dict.fromkeys(map(str, range(12)), torch.zeros(10**6)),
+    "a view larger than what it shows": torch.zeros(1).expand(10**7),
+    "a sparse tensor": torch.eye(3).to_sparse(),
+    "a tensor without values": torch.zeros(3, device="meta"),
+    "a key of another kind": {(1, 2): 1},
+    "a huge number": 2**3000,
+    "lists in lists": functools.reduce(lambda inner, _: [inner], range(60), 1),
+}
+
+
+@pytest.mark.parametrize("value", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_could_not_be_read_again_is_not_written(value, tmp_path):
+    path = tmp_path / "x.pth"
+    bcq.save_checkpoint(path, {}, {}, more=1)
+    with pytest.raises(ValueError, match="x.pth: "):
+        bcq.save_checkpoint(path, {}, {}, more=value)
+    assert bcq.read_checkpoint(path)["more"] == 1
 
 
 @pytest.fixture

@@ -288,6 +288,36 @@ def test_inputs_of_1_bit_are_signs_and_have_no_scale():
     assert row.side_bits == 2 * 32  # a scale for each filter
 
 
+def test_a_step_size_of_one_value_keeps_the_dtype_whatever_its_dimensions():
+    for dtype in (torch.float16, torch.float32):
+        step = torch.tensor([0.5], requires_grad=True)
+        y = bcq.lsq(torch.tensor([0.6, 3.0], dtype=dtype), step, 0, 3, 2)
+        y.sum().backward()
+        assert y.dtype == dtype and step.grad.shape == (1,)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, with larger inputs the first time."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.linear(100 * x)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("fit", [bcq.min_max, bcq.min_mse])
+def test_a_layer_that_is_called_twice_is_calibrated_on_what_it_receives_in_both(fit):
+    model, x = Twice(), torch.randn(64, 4)
+    bits = {"linear.weight": 8}
+    scales, grids = bcq.calibrate_inputs(model, *bcq.split(model), x, bits, fit)
+    scale, zero_point = fit(torch.cat([x, 100 * x]), 8)
+    assert torch.allclose(scales["linear.weight:input_step_size"], scale, rtol=1e-3)
+    assert grids == {"linear.weight": (8, zero_point)}
+
+
 def test_a_weight_that_no_layer_takes_has_no_grid_of_inputs():
     model = nn.MultiheadAttention(8, 2, batch_first=True)
     params, buffers = bcq.split(model)
@@ -316,7 +346,7 @@ def test_calibration_sees_what_each_layer_receives_and_changes_nothing(small):
 
     bits = dict.fromkeys(bcq.quantizable(small), 8)
     sizes, grids = bcq.calibrate_inputs(small, params, buffers, x, bits, spy)
-    assert torch.equal(seen[0], x) and len(seen) == 3 and (seen[2] >= 0).all()
+    assert torch.equal(seen[0], x.flatten()) and len(seen) == 3 and (seen[2] >= 0).all()
     assert grids["out.weight"] == (8, 0) and 0 < grids["conv.weight"][1] < 255
     assert set(sizes) == {f"{name}:input_step_size" for name in bits}
     assert torch.equal(sizes["conv.weight:input_step_size"], bcq.min_max(x, 8)[0])

@@ -37,6 +37,7 @@ def kernel(request, monkeypatch):
         if getattr(bcq, name) is not own:
             monkeypatch.setattr(bcq, name, forbidden)
     monkeypatch.setattr(bcq, "is_exact", lambda k, device: k is own and is_exact(k, device))
+    monkeypatch.setattr(bcq, "multiplies_int8", lambda device: own is bcq.int_mm)
     return request.param
 
 
@@ -48,6 +49,26 @@ def test_a_kernel_that_saturates_or_is_not_there_is_not_used():
         raise NotImplementedError("not on this machine")
 
     assert not bcq.is_exact(saturates, CPU) and not bcq.is_exact(is_missing, CPU)
+
+
+def test_a_cpu_whose_convolutions_saturate_has_no_use_for_its_slow_products_of_int8(monkeypatch):
+    monkeypatch.setattr(bcq, "is_exact", lambda kernel, device: kernel is bcq.int_mm)
+    assert not bcq.multiplies_int8(CPU) and bcq.multiplies_int8(torch.device("cuda"))
+    monkeypatch.setattr(bcq, "is_exact", lambda kernel, device: True)
+    assert bcq.multiplies_int8(CPU)
+
+
+@pytest.mark.parametrize("zero_point", [0, 1, 128, 255])
+def test_sums_in_floats_are_exact_up_to_the_last_one_that_float32_holds(zero_point):
+    for terms in (510, 519, 1030, 1037):  # about where 255 * 127 and 128 * 127 pass 2**24
+        signs = torch.ones(2, terms, dtype=torch.int8)
+        signs[1, ::2] = -1
+        w, q = 127 * signs, torch.full((4, terms), 255, dtype=torch.uint8)
+        q[1], q[2, ::2], q[3, 1::2] = 0, 0, 0
+        q[:, 0] = 254  # sums that are odd
+        expected = (q.long() - zero_point) @ w.long().T
+        found = bcq.sum_in_floats(F.linear, q, w, zero_point)
+        assert torch.equal(found.long(), expected), terms
 
 
 # --- the products ---
@@ -234,6 +255,8 @@ def test_an_ordinary_convolution_is_computed_by_the_fastest_kernel_that_is_exact
     if "int8" in spies:
         monkeypatch.setattr(bcq, "int_mm", spies["int8"])
     monkeypatch.setattr(bcq, "is_exact", lambda kernel, device: kernel in spies.values())
+    if name == "int8":  # as on an accelerator
+        monkeypatch.setattr(bcq, "multiplies_int8", lambda device: True)
     layer, x = nn.Conv2d(8, 12, 3, padding=1), torch.randn(3, 8, 7, 6)
     bcq.apply(layer, packed_layer(layer, 8, (8, 0), 0.02), {}, x)
     assert called == ([] if name == "floats" else [name])
@@ -262,6 +285,21 @@ def test_random_convolutions_compute_what_float64_says_whatever_their_geometry(k
         if pick(True, False):
             x = x.contiguous(memory_format=torch.channels_last)
         assert_layer_computes_what_float64_says(layer, x, *pick(*GRIDS.values()))
+
+
+@pytest.mark.parametrize("grid, scale", [((8, 3), 0.1), ((8, 0), None), ((1, 1), None)])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, padding=1), nn.Linear(4, 6)])
+def test_a_batch_without_images_has_outputs_without_images(layer, grid, scale, kernel):
+    x = torch.randn(0, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(0, 4)
+    found, _ = bcq.apply(layer, packed_layer(layer, 8, grid, scale), {}, x)
+    assert found.shape == layer(x).shape
+
+
+def test_inputs_with_a_nan_have_no_range_of_their_own():
+    layer = nn.Linear(4, 6)
+    x = torch.tensor([[1.0, float("nan"), 0, 2]])
+    with pytest.raises(ValueError, match="NaN or inf in the inputs"):
+        bcq.apply(layer, packed_layer(layer, 8, (8, 0), None), {}, x)
 
 
 def test_dynamic_inputs_use_the_range_of_each_batch():

@@ -70,7 +70,7 @@ def test_a_network_in_half_precision_is_taken_by_every_mode_that_reads_one(fp32_
     "words, name, bits",
     [
         (["--inputs", "static"], "int8", (8, 8)),
-        (["--inputs", "static", "--fit", "min-max"], "int8", (8, 8)),
+        (["--inputs", "static", "--fit", "min-max"], "int8-min-max", (8, 8)),
         (["--inputs", "dynamic"], "int8-dynamic", (8, 8)),
         (["--inputs", "real", "--w-bits", "5"], "w5", (5, 32)),
         (["--inputs", "real"], "w8", (8, 32)),
@@ -341,6 +341,58 @@ def test_bits_that_a_mode_does_not_take_make_no_cells_of_their_own():
         assert ("w-bits" in flags) == (flags["mode"] == "lsq")
 
 
+def test_the_table_of_a_1_bit_network_in_half_precision_is_of_what_export_writes(bc_run, tmp_path):
+    words = ["--mode", "ptq", "--dtype", "fp16", "--checkpoint", bc_run[0] / "model.pth"]
+    succeed(*words, "--out", tmp_path)
+    half = succeed("--mode", "score", "--checkpoint", tmp_path / "model-fp16.pth")
+    succeed("--mode", "export", "--checkpoint", tmp_path / "model-fp16.pth")
+    packed = succeed("--mode", "score", "--checkpoint", tmp_path / "model-fp16.bcq")
+
+    def table(printed):
+        return [line for line in printed.splitlines() if line[:4] not in ("file", "    ")]
+
+    assert table(half) == table(packed)
+
+
+def test_pruned_weights_stay_zeros_through_half_precision_and_a_training_behind_it(
+    fp32_run, tmp_path
+):
+    words = ["--mode", "lsq", "--init", fp32_run / "model.pth", "--prune", 0.5, "--epochs", 1]
+    succeed(*TINY, *words, "--out", tmp_path / "run")
+    model = tmp_path / "run" / "model.pth"
+    succeed("--mode", "ptq", "--dtype", "fp16", "--checkpoint", model)
+    half = tmp_path / "run" / "model-fp16.pth"
+    more = ["--mode", "lsq", "--init", half, "--epochs", 1, "--out", tmp_path / "more"]
+    succeed(*TINY, *more)
+    first, second = (
+        bcq.read_checkpoint(path)["masks"] for path in (model, tmp_path / "more" / "model.pth")
+    )
+    assert first and same(first, second)
+
+
+def test_the_two_fits_of_static_inputs_are_two_files(fp32_run, tmp_path):
+    words = ["--mode", "ptq", "--dtype", "int8", "--checkpoint", fp32_run / "model.pth"]
+    for fit in ("min-mse", "min-max"):
+        succeed(*words, "--fit", fit, "--out", tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        f"model-int8{end}" for end in (".bcq", ".json", "-min-max.bcq", "-min-max.json")
+    }
+
+
+def test_the_size_of_a_whitened_network_is_compared_with_one_that_holds_its_whitening_too(
+    fp32_run, tmp_path
+):
+    zca = torch.arange(3072.0), 2 * torch.eye(3072)
+    whitened = rewritten(fp32_run, tmp_path / "model.pth", zca=zca)
+    succeed("--mode", "export", "--checkpoint", whitened)
+    (path,) = tmp_path.glob("*.json")
+    result = read_json(path)
+    matrix = 4 * 3072**2
+    assert result["file_bytes"] > matrix and result["fp32_file_bytes"] > matrix
+    assert result["shrink"] > 1
+
+
 SWEEP = [
     *("--mode", "sweep", "--dataset", "shapes", "--subset", "300", "--batch-size", "50"),
     *("--val", "50", "--dtype", "fp32", "--threads", "1", "--epochs", "1"),
@@ -358,6 +410,10 @@ def test_a_sweep_trains_each_cell_once_and_ends_with_a_table(tmp_path, monkeypat
     monkeypatch.setattr(run, "train", spy)
     first = succeed(*words)
     assert trained == ["bc-x0.125", "lsq-x0.125-W2"]
+    monkeypatch.chdir(tmp_path)
+    again = [".." if word == tmp_path else word for word in words]
+    again[again.index("..")] = f"../{tmp_path.name}"  # the same folder in other words
+    assert succeed(*again).splitlines()[-3:-1] == first.splitlines()[-3:-1]
     assert succeed(*words).splitlines()[-3:] == first.splitlines()[-3:]
     assert len(trained) == 2
     rows = [line.split() for line in first.splitlines() if line.startswith(("bc-x", "lsq-x"))]

@@ -105,6 +105,14 @@ def test_bits_that_a_byte_does_not_hold_are_refused(bits, inputs, small):
         bcq.pack(params, {"conv.weight": bits}, {"conv.weight": (inputs, 0)})
 
 
+def test_weights_in_float64_pass_for_1_bit_as_their_scale_is_stored():
+    w = bcq.binarize_scaled(torch.randn(3, 4, dtype=torch.float64))
+    packed = bcq.pack({"0.weight": w}, {"0.weight": 1})["0.weight"]
+    assert torch.equal(packed.dequantize(), w.float())
+    with pytest.raises(ValueError, match="0.weight: NaN or inf"):
+        bcq.pack({"0.weight": w * 1e300}, {"0.weight": 8})
+
+
 @pytest.mark.parametrize("grid", [(8, 256), (8, -1), (2, 4), (8, 0.5)])
 def test_a_zero_point_that_its_bits_do_not_hold_is_refused_before_it_is_in_a_file(grid, small):
     params, _ = bcq.split(small)

@@ -534,7 +534,11 @@ def test_a_teacher_that_knows_images_otherwise_than_the_network_of_init_is_refus
 def test_a_teacher_of_other_classes_is_blamed_by_its_own_name(fp32_run, tmp_path):
     teacher = fp32_run / "model.pth"
     result = call(*TINY, "--mode", "bc", "--classes", 4, "--teacher", teacher)
-    assert_refused(result, f"{teacher}: gives (2, 10) for 2 images of 4 classes")
+    assert_refused(result, f"{teacher}: was trained on other classes than those of shapes: circle")
+    others = [f"kind {i}" for i in range(10)]
+    odd = rewritten(fp32_run, tmp_path / "odd.pth", classes=others)
+    result = call(*TINY, "--mode", "bc", "--teacher", odd)
+    assert_refused(result, f"{odd}: was trained on other classes than those of shapes: kind 0")
 
 
 def test_pruned_weights_stay_zeros_through_a_run_and_in_its_packed_file(fp32_run, tmp_path):

@@ -385,6 +385,75 @@ def test_a_frozen_or_complex_network_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     words = own_network(tmp_path / "other", extra=extra)
     assert_refused(call(*TINY, *words), "c is complex")
+    extra = "self.register_buffer('d', torch.ones(2, dtype=torch.complex64))"
+    (tmp_path / "third").mkdir()
+    words = own_network(tmp_path / "third", extra=extra)
+    assert_refused(call(*TINY, *words, "--out", tmp_path / "run"), "d is complex")
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+OTHER_KINDS = {
+    "an index": "self.i = nn.Parameter(torch.arange(4), requires_grad=False)",
+    "float64": "self.double()",
+    "float16": "self.half()",
+}
+
+
+@pytest.mark.parametrize("extra", OTHER_KINDS.values(), ids=OTHER_KINDS)
+def test_a_network_whose_parameters_are_not_float32_is_trained_saved_and_read_again(
+    extra, tmp_path
+):
+    weighted = "self.conv(x.to(self.conv.weight.dtype))[:, getattr(self, 'i', torch.arange(4))]"
+    words = own_network(tmp_path, weighted, extra)
+    out = tmp_path / "run"
+    succeed("--mode", "bc", *TINY, *words, "--epochs", 1, "--out", out)
+    succeed("--mode", "eval", "--checkpoint", out / "model.pth", *words)
+    succeed("--mode", "export", "--checkpoint", out / "model.pth", *words)
+    (out / "result.json").unlink()
+    succeed("--resume", out, *words)
+    more = ["--init", out / "model.pth", "--epochs", 1, "--out", tmp_path / "more"]
+    succeed("--mode", "bc", *TINY, *words, *more)
+    before, after = (bcq.read_checkpoint(p / "model.pth")["net"] for p in (out, tmp_path / "more"))
+    assert {k: w.dtype for k, w in before.items()} == {k: w.dtype for k, w in after.items()}
+
+
+def test_a_constructor_whose_width_is_no_number_is_trained_and_resumed(tmp_path):
+    words = own_network(tmp_path)
+    code = (tmp_path / "net.py").read_text().replace("classes=10", "classes=10, width=(8, 16)")
+    (tmp_path / "net.py").write_text(code)
+    succeed("--mode", "bc", *TINY[:2], *TINY[4:], *words, "--epochs", 1, "--out", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    succeed("--resume", tmp_path / "run", *words)
+
+
+def test_a_network_that_writes_into_its_images_computes_the_same_each_time(tmp_path):
+    words = own_network(tmp_path, "self.conv(x.mul_(2).sub_(1))")
+    out = tmp_path / "run"
+    succeed("--mode", "bc", *TINY, *words, "--epochs", 1, "--out", out)
+    succeed("--mode", "export", "--checkpoint", out / "model.pth", *words)
+    result = json.loads((out / "model-bc.json").read_text())
+    assert result["predictions_changed"] == 0
+    net = run.load_network(out / "model.pth", torch.device("cpu"), words[1])
+    x = torch.randn(4, 3, 32, 32)
+    kept = x.clone()
+    assert torch.equal(net(x), net(x)) and torch.equal(x, kept)
+
+
+def test_a_network_given_in_place_of_its_class_is_refused(tmp_path):
+    words = own_network(tmp_path)
+    with open(tmp_path / "net.py", "a") as file:
+        file.write("net = Net()\n")
+    result = call(*TINY, "--model", f"{tmp_path}/net.py:net")
+    assert_refused(result, "is a network; give its class")
+    assert words
+
+
+def test_a_network_that_cannot_be_copied_is_scored_all_the_same(tmp_path):
+    words = own_network(tmp_path, extra="import threading; self.lock = threading.Lock()")
+    out = tmp_path / "run"
+    printed = succeed("--mode", "bc", *TINY, *words, "--epochs", 1, "--out", out)
+    assert "not counted" not in printed
+    succeed("--mode", "score", "--checkpoint", out / "model.pth", *words)
 
 
 def test_what_a_constructor_draws_and_no_file_holds_is_drawn_again_alike(tmp_path):
