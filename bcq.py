@@ -1233,7 +1233,8 @@ def sum_in_floats(layer, q, w, zero_point):
     device = q.device
     if not has_float64(device):
         q, w = q.cpu(), w.cpu()
-    up, down = (part.clamp(min=0).flatten(1).sum(1) for part in (w.int(), -w.int()))
+    up = w.clamp(min=0).flatten(1).sum(1)  # of the positive weights, and of the negative ones
+    down = up - w.flatten(1).sum(1)
     above, below = 255 - zero_point, zero_point  # how far q lies from it
     largest = torch.maximum(above * up + below * down, above * down + below * up).max().item()
     dtype = torch.float64

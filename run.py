@@ -896,7 +896,8 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
             torch.manual_seed(config["seed"])  # for what a constructor draws and no file holds
         model, params, buffers, meta = load(path, build)
     refuse_nan(path, {**params, **buffers})
-    refuse_nan(path, {k: w for k, w in params.items() if k.endswith("weight")}, finite=True)
+    numbers = {k: w for k, w in params.items() if k.endswith(("weight", "bias"))}
+    refuse_nan(path, numbers, finite=True)
     if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
         meta = {"hyperparam": content.get("hyperparam")}
     check_meta(path, meta, params)
