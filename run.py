@@ -450,7 +450,7 @@ def load_data(dataset, data_dir, classes=None):
         data["mean"], data["std"] = STATISTICS[data["name"]]
     else:  # over some images of every class, however they are sorted
         order = torch.randperm(len(data["train_x"]), generator=torch.Generator().manual_seed(0))
-        pixels = data["train_x"][order[-10_000:]].double() / 255  # validation takes the first
+        pixels = data["train_x"][order[:10_000]].double() / 255
         data["mean"] = pixels.mean((0, 2, 3)).tolist()
         data["std"] = pixels.std((0, 2, 3)).clamp(min=1 / 255).tolist()  # one colour is no fault
     return data
@@ -896,7 +896,7 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
             torch.manual_seed(config["seed"])  # for what a constructor draws and no file holds
         model, params, buffers, meta = load(path, build)
     refuse_nan(path, {**params, **buffers})
-    numbers = {k: w for k, w in params.items() if k.endswith(("weight", "bias"))}
+    numbers = {k: w for k, w in params.items() if k.rpartition(".")[2] in ("weight", "bias")}
     refuse_nan(path, numbers, finite=True)
     if "bcq" not in content:  # what a file of others says beside its weights is not ours to read
         meta = {"hyperparam": content.get("hyperparam")}
@@ -1209,8 +1209,9 @@ def prepare_job(config, source, world=World(), saved=None):
     else:
         parts = begin(config, data, model, init)
     parts = broadcast(parts, world, device)
-    steps = [k for k in parts["params"] if k.removesuffix(":step_size") in config.frozen]
-    config = replace(config, frozen=tuple(dict.fromkeys([*config.frozen, *steps])))
+    if not saved:  # a frozen weight keeps its learned step size, too
+        steps = [k for k in parts["params"] if k.removesuffix(":step_size") in config.frozen]
+        config = replace(config, frozen=tuple(dict.fromkeys([*config.frozen, *steps])))
     methods = choose_methods(config, parts["bits"], parts["masks"])
     optimizer = make_optimizer(config, parts["params"], methods)
 
@@ -1496,8 +1497,9 @@ def check_gradients(config, model, params, buffers, x, names):
     moving = {k: w for k, w in params.items() if k not in config.frozen}
     if not moving:
         raise ValueError(f"--model {config.model}: all its parameters are frozen")
+    held = model.state_dict()
     for name, w in {**params, **buffers}.items():
-        if w.is_complex():
+        if w.is_complex() and name in held:
             raise ValueError(
                 f"--model {config.model}: {name} is complex; files hold only real ones"
             )
@@ -2386,8 +2388,8 @@ def print_unquantized(names, grids):
     """Prints which layers' inputs have no grid: attention, say, reads its weights in its own way."""
     left = [name for name in names if name not in grids]
     if left:
-        why = "which no F.conv2d or F.linear takes"
-        print(f"inputs     in full precision, of weights {why}: {', '.join(left)}")
+        why = "no F.conv2d or F.linear takes the weight"
+        print(f"inputs     of {', '.join(left)} are in full precision: {why}")
 
 
 def convert(args):
@@ -2548,10 +2550,6 @@ def is_eligible(dataset, classes, accuracy):
 def score(args):
     """--mode score: a network's costs by layer, scores, size, accuracy: the exit status."""
     net, data, _ = open_checkpoint(args)
-    if not net.packed and known_bits(net):  # --mode export takes it in float32, too
-        plain = bcq.to_dtype({**net.params, **net.buffers}, torch.float32)
-        params, buffers = ({k: plain[k] for k in part} for part in (net.params, net.buffers))
-        net = replace(net, params=params, buffers=buffers, dtype=torch.float32)
     params, buffers = deploy_network(net)
     cost = count_deployed(net)
     keys = ("values", "zeros", "w_bits", "a_bits", "macs", "ops")
@@ -2563,7 +2561,7 @@ def score(args):
     print(f"{'in all':34} {values:12,} values, {stored:,.0f} bytes; {macs:,} multiply-accumulates")
     print(f"file       {Path(net.source).stat().st_size:,} bytes")
     if net.dtype != torch.float32:
-        print(f"           the table is of the network in {net.dtype}")
+        print(f"           the table is of the network packed in {net.dtype}; export takes float32")
     elif not net.packed:
         print("           the table is of the network packed, as --mode export writes it")
 

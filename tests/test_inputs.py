@@ -310,12 +310,12 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("fit", [bcq.min_max, bcq.min_mse])
 def test_a_layer_that_is_called_twice_is_calibrated_on_what_it_receives_in_both(fit):
-    model, x = Twice(), torch.randn(64, 4)
+    model, x = Twice(), torch.randn(20_000, 4)  # more than are looked at
     bits = {"linear.weight": 8}
     scales, grids = bcq.calibrate_inputs(model, *bcq.split(model), x, bits, fit)
     scale, zero_point = fit(torch.cat([x, 100 * x]), 8)
-    assert torch.allclose(scales["linear.weight:input_step_size"], scale, rtol=1e-3)
-    assert grids == {"linear.weight": (8, zero_point)}
+    assert torch.allclose(scales["linear.weight:input_step_size"], scale, rtol=0.1)
+    assert abs(grids["linear.weight"][1] - zero_point) < 8
 
 
 def test_a_weight_that_no_layer_takes_has_no_grid_of_inputs():
@@ -346,7 +346,7 @@ def test_calibration_sees_what_each_layer_receives_and_changes_nothing(small):
 
     bits = dict.fromkeys(bcq.quantizable(small), 8)
     sizes, grids = bcq.calibrate_inputs(small, params, buffers, x, bits, spy)
-    assert torch.equal(seen[0], x.flatten()) and len(seen) == 3 and (seen[2] >= 0).all()
+    assert torch.equal(seen[0], x) and len(seen) == 3 and (seen[2] >= 0).all()
     assert grids["out.weight"] == (8, 0) and 0 < grids["conv.weight"][1] < 255
     assert set(sizes) == {f"{name}:input_step_size" for name in bits}
     assert torch.equal(sizes["conv.weight:input_step_size"], bcq.min_max(x, 8)[0])

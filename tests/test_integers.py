@@ -58,17 +58,20 @@ def test_a_cpu_whose_convolutions_saturate_has_no_use_for_its_slow_products_of_i
     assert bcq.multiplies_int8(CPU)
 
 
-@pytest.mark.parametrize("zero_point", [0, 1, 128, 255])
-def test_sums_in_floats_are_exact_up_to_the_last_one_that_float32_holds(zero_point):
-    for terms in (510, 519, 1030, 1037):  # about where 255 * 127 and 128 * 127 pass 2**24
-        signs = torch.ones(2, terms, dtype=torch.int8)
-        signs[1, ::2] = -1
-        w, q = 127 * signs, torch.full((4, terms), 255, dtype=torch.uint8)
+@pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)])
+@pytest.mark.parametrize("zero_point", [0, 1, 100, 128, 255])
+def test_sums_in_floats_are_exact_beyond_the_last_one_that_float32_holds(zero_point, signs):
+    most = 127 * max(zero_point, 255 - zero_point)  # of one term
+    for terms in range(2**24 // most - 2, 2**24 // most + 6):
+        w = torch.full((1, terms), 127, dtype=torch.int8)
+        w[0, ::2] *= signs[0]
+        w[0, 1::2] *= signs[1]
+        q = torch.full((4, terms), 255, dtype=torch.uint8)
         q[1], q[2, ::2], q[3, 1::2] = 0, 0, 0
-        q[:, 0] = 254  # sums that are odd
-        expected = (q.long() - zero_point) @ w.long().T
-        found = bcq.sum_in_floats(F.linear, q, w, zero_point)
-        assert torch.equal(found.long(), expected), terms
+        for first in (254, 255, 0, 1):  # for sums that are odd, too
+            q[:, 0] = first
+            expected = (q.long() - zero_point) @ w.long().T
+            assert torch.equal(bcq.sum_in_floats(F.linear, q, w, zero_point).long(), expected)
 
 
 # --- the products ---

@@ -655,7 +655,7 @@ def test_a_model_with_an_infinite_mask_comes_to_the_end_of_its_training(tmp_path
         "        super().__init__()\n"
         "        self.linear = nn.Linear(3 * 32 * 32, classes)\n"
         "        self.register_buffer('mask', torch.full((4, 4), -float('inf')).triu(1))\n"
-        "        self.other = nn.Parameter(self.mask.clone(), requires_grad=False)\n"
+        "        self.attn_bias = nn.Parameter(self.mask.clone(), requires_grad=False)\n"
         "    def forward(self, x):\n"
         "        return self.linear(x.flatten(1))\n"
     )
