@@ -232,7 +232,7 @@ def apply(model, params, buffers, x, train=False):
     model.train(train). Entries of params with a colon are not the model's; an OwnLayer in place of
     a tensor computes its own layer (part two). The model is left as it was; while it runs it holds
     these tensors, so two threads need two models. A forward that writes into a parameter (as an
-    embedding with max_norm does) writes into params; x, in tuples, lists and dicts, is copied first.
+    embedding with max_norm does) writes into params; x, in tuples, lists or dicts, is copied first.
     Raises RuntimeError if a tensor is missing: torch would take the module's own, silently.
     """
     if isinstance(x, list):
@@ -1215,8 +1215,8 @@ def suits_onednn(q, w, geometry):
 def multiplies_int8(device):
     """Whether products of int8 matrices are exact there, and not the slower way.
 
-    Without VNNI, which oneDNN's convolution needs to be exact, a CPU takes some 20 times as long for
-    them as for the same sums in floats.
+    Without VNNI, which oneDNN's convolution needs to be exact, a CPU takes some 20 times as long
+    for them as for the same sums in floats.
     """
     in_hardware = device.type != "cpu" or is_exact(onednn_conv2d, device)
     return in_hardware and is_exact(int_mm, device)
@@ -2575,8 +2575,8 @@ def micronet_score(cost, accumulator=fp32_sums, freebie=False):
     Eligible at 80 %. Storage over 36.5e6 values of 32 bits, with a mask of 1 bit a weight where
     zeros make that smaller, plus multiplications and additions over 10.49e9 of 32 bits. Zeros are
     not multiplied; +-1 by a float or by +-1 costs 1 bit. accumulator(w_bits, a_bits, terms): of an
-    addition. freebie: 32 bits count as 16 in storage and in the products of layers; ValueError where
-    there are fewer than 16. Source: the challenge's rules.
+    addition. freebie: 32 bits count as 16 in storage and in the products of layers; ValueError
+    where there are fewer than 16. Source: the challenge's rules.
     """
     if freebie and any(row.values and row.w_bits < 16 for row in cost):
         raise ValueError("the freebie is for networks with nothing below 16 bits")

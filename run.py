@@ -966,7 +966,7 @@ def is_number(value, low=0, high=math.inf, kinds=(int, float)):
 
 
 def are_tensors(value, shapes, dtype):
-    """Whether a value is a dict of tensors, those in shapes of that shape and of that dtype, if any."""
+    """Whether a value is a dict of tensors, those in shapes of that shape and dtype, if any."""
     if not isinstance(value, dict) or not all(map(torch.is_tensor, value.values())):
         return False
     known = [(t, shapes[name]) for name, t in value.items() if name in shapes]
@@ -1326,7 +1326,7 @@ def takes_channels_last(config, data, model):
 
 
 def fit_teacher(teacher, config, data):
-    """The teacher as fit_network has it. Raises ValueError where it knows other images or classes."""
+    """The teacher as fit_network has it. ValueError where it knows other images or classes."""
     names = teacher.meta.get("classes", data["classes"])
     if names != data["classes"]:
         why = f"was trained on other classes than those of {data['name']}"
@@ -2385,7 +2385,7 @@ def quantize_integers(net, data, w_bits, a_bits, inputs, fit):
 
 
 def print_unquantized(names, grids):
-    """Prints which layers' inputs have no grid: attention, say, reads its weights in its own way."""
+    """Prints which layers' inputs have no grid, as those that attention computes itself."""
     left = [name for name in names if name not in grids]
     if left:
         why = "no F.conv2d or F.linear takes the weight"
