@@ -37,6 +37,7 @@ import pickletools
 import secrets
 import struct
 import sys
+import threading
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -150,10 +151,12 @@ def quantizable(model, first=True, last=True):
 
 
 def check_names(params, names):
-    """Raises KeyError for names that are not in params."""
+    """The names as a list. Raises KeyError for those that are not in params."""
+    names = list(names)
     missing = [name for name in names if name not in params]
     if missing:
         raise KeyError(f"no such parameter: {', '.join(missing)}")
+    return names
 
 
 def quantize_params(params, methods, noise=None):
@@ -198,9 +201,8 @@ def draw_noise(params, names, generator):
 
     Raises KeyError for names that are not in params.
     """
-    check_names(params, names)
     noise = {}
-    for name in names:
+    for name in check_names(params, names):
         w = params[name]
         noise[name] = torch.rand(w.shape, dtype=w.dtype, device=w.device, generator=generator)
     return noise
@@ -250,12 +252,17 @@ def apply(model, params, buffers, x, train=False):
         tensors[name] = buffer.clone()
 
     modes = [(module, module.training) for module in model.modules()]
+    unset = []  # buffers that are None: a forward may fill them
+    for module in model.modules():
+        unset += [(module, name) for name, b in module._buffers.items() if b is None]
     model.train(train)
     try:
         logits = functional_call(model, tensors, x, strict=True)
     finally:
         for module, mode in modes:
             module.training = mode
+        for module, name in unset:
+            module._buffers[name] = None
     logits = tree_map_only(Hook, dequantize_hook, logits)  # where a model returns a weight
     return logits, {name: tensors[name].detach() for name in buffers}
 
@@ -339,6 +346,7 @@ def make_train_step(model, methods, optimizer, loss, forward=apply, frozen=()):
     raises KeyError for names that are not in params, and ValueError for labels that do not fit (see
     true_classes) and for activation checkpointing.
     """
+    frozen = set(frozen)
     moving = {name: method for name, method in methods.items() if name not in frozen}
 
     def train_step(params, buffers, opt_state, batch, lr, noise=None):
@@ -501,12 +509,17 @@ def true_classes(logits, labels):
     """The labels as classes, int64: (n,), or (n, ...) of dense logits (n, classes, ...).
 
     labels: classes of that shape, or probabilities, of the logits' shape. Raises ValueError for
-    other shapes, and for a model that gives no tensor.
+    other shapes, for a single logit, and for a model that gives no tensor.
     """
     if not torch.is_tensor(logits):
         kind = type(logits).__name__
         raise ValueError(
             f"the model gives a {kind}, not logits: pass a forward that takes the logits out of it"
+        )
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits {shape_text(logits.shape)} say nothing of classes: give one for each class, "
+            "two for a yes or no"
         )
     classes = labels
     if labels.is_floating_point() and labels.shape == logits.shape:
@@ -537,30 +550,38 @@ def batch_norm_statistics(model, params, buffers, batches, forward=apply):
     given. A variance is the mean of those within batches plus the variance of their means, each
     batch by its number of images; of a norm that runs twice, the last call weighs most. Take
     training images, not test images. The model is left as it was. Raises ValueError if there are no
-    batches. Source: Wu and Johnson 2021, arXiv:2105.07576.
+    images. Source: Wu and Johnson 2021, arXiv:2105.07576.
     """
     moving = {name: m for name, m in batch_norms(model).items() if m.momentum != 0}  # not frozen
     momenta = {name: m.momentum for name, m in moving.items()}
-    statistics = {}
-    images = 0
+    images = dict.fromkeys(moving, 0)  # that each norm has seen
+    finite, statistics, total = {}, {}, 0
+    for name in moving:
+        for key in (f"{name}.running_mean", f"{name}.running_var"):
+            finite[key] = buffers[key].nan_to_num(0.0, 0.0, 0.0)  # 0 times an inf would be NaN
     try:
         for x, _ in batches:
             count = len(tree_leaves(x)[0])  # the first of several arguments
-            images += count
-            share = count / images
-            for m in moving.values():
-                m.momentum = share  # the moving average is then the mean of all so far
-            before = {**buffers, **statistics}
+            if count == 0:
+                continue
+            total += count
+            for name, m in moving.items():
+                m.momentum = count / (images[name] + count)  # then it is the mean of all so far
+            before = {**buffers, **finite, **statistics}
             _, after = forward(model, params, before, x, train=True)
-            for mean, var in [(f"{name}.running_mean", f"{name}.running_var") for name in moving]:
-                moved = after[mean] - before[mean]  # by share of the way to this batch's mean
-                between = ((1 - share) / share) ** 0.5 * moved
+            for name, m in moving.items():
+                mean, var = f"{name}.running_mean", f"{name}.running_var"
+                if all(torch.equal(after[key], before[key]) for key in (mean, var)):
+                    continue  # this batch took another way
+                moved = after[mean] - before[mean]  # by momentum of the way to this batch's mean
+                between = ((1 - m.momentum) / m.momentum) ** 0.5 * moved
                 statistics[mean] = after[mean]
                 statistics[var] = after[var] + between.square()
+                images[name] += count
     finally:
         for name, m in moving.items():
             m.momentum = momenta[name]
-    if images == 0:
+    if total == 0:
         raise ValueError("no images for the statistics of batch norm")
     return {**buffers, **statistics}
 
@@ -594,7 +615,9 @@ def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
         for name, g in grads.items():
             if weight_decay:
                 g = g + weight_decay * params[name]
-            velocity = momentum * state[name] + g
+            velocity = g
+            if momentum:  # 0 times an infinity would be NaN, for ever
+                velocity = momentum * state[name] + g
             velocities[name] = velocity
             if nesterov:
                 velocity = g + momentum * velocity
@@ -638,6 +661,11 @@ def adam(beta1=0.9, beta2=0.999, eps=1e-8):
 # --------------------------------------------------------------------------------------------------
 
 
+def is_float(value):
+    """Whether a value is a floating tensor."""
+    return torch.is_tensor(value) and value.is_floating_point()
+
+
 def to_dtype(tensors, dtype):
     """A dict of params or buffers with its floating tensors in dtype, as model.half() has them.
 
@@ -647,7 +675,7 @@ def to_dtype(tensors, dtype):
     converted = {}
     for name, t in tensors.items():
         converted[name] = t
-        if torch.is_tensor(t) and t.is_floating_point():
+        if is_float(t):
             converted[name] = t.to(dtype)
             lost = t.isfinite() & ~converted[name].isfinite()
             if lost.any():
@@ -667,7 +695,7 @@ def cast_forward(dtype):
     def forward(model, params, buffers, x, train=False):
         x = tree_map_only(torch.Tensor, cast, x)
         logits, buffers = apply(model, params, buffers, x, train)
-        return logits.float(), buffers
+        return tree_map_only(torch.Tensor, torch.Tensor.float, logits), buffers
 
     return forward
 
@@ -676,10 +704,10 @@ def autocast_forward(dtype):
     """A forward to pass in place of apply: the same under autocast to dtype, logits in float32."""
 
     def forward(model, params, buffers, x, train=False):
-        device = tree_leaves(x)[0].device
+        device = next(leaf.device for leaf in tree_leaves(x) if torch.is_tensor(leaf))
         with torch.autocast(device.type, dtype):
             logits, buffers = apply(model, params, buffers, x, train)
-        return logits.float(), buffers
+        return tree_map_only(torch.Tensor, torch.Tensor.float, logits), buffers
 
     return forward
 
@@ -749,7 +777,7 @@ def magnitude_masks(params, names, share):
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a share of {share}: it is from 0 to 1, as 0.5 is for a half")
-    check_names(params, names)
+    names = check_names(params, names)
     if not names:
         return {}
     magnitudes = torch.cat([params[name].abs().flatten() for name in names])
@@ -890,9 +918,8 @@ def glorot_scale(params, names, power=1):
     section 2.5; the authors' code divides by this: half the bound that Glorot and Bengio 2010 draw
     weights within. Raises KeyError for names that are not in params.
     """
-    check_names(params, names)
     scale = {}
-    for name in names:
+    for name in check_names(params, names):
         fan_in = params[name][0].numel()
         fan_out = params[name][:, 0].numel()
         scale[name] = ((fan_in + fan_out) / 1.5) ** (power / 2)
@@ -1034,8 +1061,9 @@ def quantized_inputs(grids, forward=apply):
     """A forward to pass in place of apply: the same, with layers that quantize their inputs first.
 
     grids: {weight's name: (bits, zero_point)}. For 2 bits and more the scale is the learned entry
-    "NAME:input_step_size" of params (LSQ); for 1 bit it is XNOR-Net's sign. The forward raises
-    KeyError for a name or a scale that is not there.
+    "NAME:input_step_size" of params (LSQ); for 1 bit it is XNOR-Net's sign. The inputs of a layer
+    that is neither F.conv2d nor F.linear stay as they are. The forward raises KeyError for a name
+    or a scale that is not there.
     """
 
     def quantizer(name, params):
@@ -1043,7 +1071,8 @@ def quantized_inputs(grids, forward=apply):
         step_size = params.get(f"{name}:input_step_size")
 
         def round_to_grid(x):
-            return lsq(x, step_size, -zero_point, 2**bits - 1 - zero_point, x[0].numel())
+            features = max(1, x.shape[1:].numel())
+            return lsq(x, step_size, -zero_point, 2**bits - 1 - zero_point, features)
 
         if bits == 1:
             return sign_input
@@ -1391,9 +1420,7 @@ class Packed(OwnLayer):
     bits: int  # 1 to 8
     shape: tuple
     scale: torch.Tensor  # float32 (out,)
-    shift: torch.Tensor | None = (
-        None  # float32 (out,): of a batch norm that was folded into the layer
-    )
+    shift: torch.Tensor | None = None  # float32 (out,): of a batch norm that was folded away
     grid: tuple | None = None  # (bits, zero_point) of the layer's input, or None: it stays real
     input_scale: float | None = None  # None: measured in each batch, "dynamic"
     memo: dict = field(default_factory=dict, init=False, repr=False)  # what was unpacked, once
@@ -1496,8 +1523,9 @@ def pack(params, bits, grids=None):
     bits: {name: 1 to 8}: 1 for alpha * sign(w); 2 for ternary weights; k for weights on the grid of
     their "NAME:step_size", or else rounded to that of the largest in each filter. grids: {name:
     (bits, zero_point)} of inputs, whose scale is "NAME:input_step_size", or measured in each batch
-    without one. Raises ValueError at a NaN, for weights that so many bits do not hold, and for bits
-    and zero points that cannot be; KeyError.
+    without one; only F.conv2d and F.linear take them. Raises ValueError at a NaN, for weights that
+    so many bits do not hold, for what is packed already in another way, and for bits and zero
+    points that cannot be; KeyError.
     """
     grids = grids or {}
     own = {name: w for name, w in params.items() if ":" not in name}
@@ -1507,7 +1535,11 @@ def pack(params, bits, grids=None):
         if torch.is_tensor(w):
             w = w.detach()
         packed[name] = w
-        if isinstance(w, (Packed, FoldedNorm)):
+        if isinstance(w, Packed):
+            if bits.get(name, w.bits) != w.bits or grids.get(name, w.grid) != w.grid:
+                raise ValueError(f"{name}: is packed already, with other bits or another grid")
+            continue
+        if isinstance(w, FoldedNorm):
             continue
         plain, shift = w, None
         if isinstance(w, Shifted):
@@ -1563,6 +1595,8 @@ def pack_weight(name, w, shift, bits, grid, params):
         input_scale = None  # signs have no scale
     if input_scale is not None:
         input_scale = input_scale.item()
+    if shift is not None:
+        shift = shift.float()
     return Packed(pack_bits(q, bits), bits, tuple(w.shape), scale, shift, grid, input_scale)
 
 
@@ -1610,7 +1644,7 @@ def norm_ranks(model, x):
 
         return watch
 
-    model = copy.deepcopy(model).cpu()
+    model = copy.deepcopy(model).cpu().float()  # as x is
     for name, norm in batch_norms(model).items():
         norm.register_forward_pre_hook(watcher(name))
     try:
@@ -1688,7 +1722,7 @@ def fold(params, pairs):
         if f"{layer}.bias" in params:
             params[f"{layer}.bias"] = params[f"{layer}.bias"] * scale + shift
         else:
-            params[name] = Shifted(params[name], shift)
+            params[name] = Shifted(params[name], shift.float())
         params[f"{norm}.weight"] = FoldedNorm(tuple(scale.shape))
         params[f"{norm}.bias"] = FoldedNorm(tuple(scale.shape))
     return params
@@ -1707,8 +1741,8 @@ def deploy(model, params, buffers, bits, grids=None, shape=(3, 32, 32)):
         if bits.get(f"{layer}.weight") != 1:
             pairs[norm] = layer
     folded = fold(scaled, pairs)
-    device = next((p.device for p in model.parameters()), None)
-    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    x = x.to(next((p for p in params.values() if is_float(p)), x))  # of their device and dtype
     if not are_the_same(model, (params, buffers), (folded, fixed), x):
         folded, fixed = params, buffers
     return pack(folded, bits, grids), fixed
@@ -1721,6 +1755,7 @@ def are_the_same(model, network, other, x, share=1e-3):
         found, expected = (tree_leaves(apply(model, *own, x)[0]) for own in (other, network))
     except Exception:  # of the user's code: x is not what it takes
         return False
+    found, expected = (filter(torch.is_tensor, leaves) for leaves in (found, expected))
     return all(
         (a.float() - b.float()).abs().max() <= share * b.float().abs().max()
         for a, b in zip(found, expected, strict=True)
@@ -1730,7 +1765,8 @@ def are_the_same(model, network, other, x, share=1e-3):
 def save_packed(path, model, packed, buffers, hyperparam, **meta):
     """Writes a deployed network, as pack makes it, each weight in its own bits; atomic and sealed.
 
-    The other arguments are save_checkpoint's. Raises OSError if it cannot be written.
+    The other arguments are save_checkpoint's. Raises OSError if it cannot be written, ValueError for
+    what could not be read again.
     """
     blob, index = [], {}
 
@@ -1749,7 +1785,12 @@ def save_packed(path, model, packed, buffers, hyperparam, **meta):
             continue  # load_packed makes it again
         index[name] = {key: put(part) for key, part in file_parts(value).items()}
     net = {name: value for name, value in model.state_dict().items() if is_extra(name)}
-    save_checkpoint(path, {**net, "blob": torch.cat(blob)}, hyperparam, packed=index, **meta)
+    net["blob"] = torch.cat(blob)
+    try:
+        unpack_blob(index, net["blob"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} cannot be written") from None
+    save_checkpoint(path, net, hyperparam, packed=index, **meta)
 
 
 def same_tensor(a, b):
@@ -1815,22 +1856,18 @@ def load_packed(path, build):
         why = f"its index and its bits do not fit together ({error})"
         raise ValueError(f"{path}: {why}") from None
 
-    def fit(model):
-        expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        tensors = fit_names({**neutral_statistics(model), **stored}, expected, path)
-        for name, value in tensors.items():
-            owner, _, last = name.rpartition(".")
-            norm = isinstance(model.get_submodule(owner), nn.modules.batchnorm._BatchNorm)
-            layer = last == "weight" and expected[name].ndim > 1
-            if (isinstance(value, FoldedNorm) and not norm) or (
-                isinstance(value, (Packed, Shifted)) and not layer
-            ):
-                raise ValueError(f"{path}: {name} is no {type(value).__name__}")
-        return tensors
+    model = construct(path, build, content.get("hyperparam"), stored)
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = fit_names({**neutral_statistics(model), **stored}, expected, path)
+    for name, value in tensors.items():
+        wrong = isinstance(value, (Packed, Shifted)) and expected[name].ndim < 2
+        if isinstance(value, FoldedNorm):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            wrong = not isinstance(owner, nn.modules.batchnorm._BatchNorm)
+        if wrong:
+            raise ValueError(f"{path}: {name} is no {type(value).__name__}")
 
-    model = construct(path, build, content.get("hyperparam"), fit, stored)
-    tensors = fit(model)
-    load_state(model, {key: value for key, value in content["net"].items() if is_extra(key)})
+    load_state(model, extra_state(model, content["net"]))
     packed = {name: tensors[name] for name, _ in model.named_parameters()}
     buffers = {name: tensors[name] for name, _ in model.named_buffers()}
     meta = {key: v for key, v in content.items() if key not in ("net", "packed")}
@@ -1838,7 +1875,7 @@ def load_packed(path, build):
 
 
 STORED = ("float16", "bfloat16", "float32", "float64")
-STORED += ("bool", "uint8", "int8", "int16", "int32", "int64")
+STORED += ("complex64", "complex128", "bool", "uint8", "int8", "int16", "int32", "int64")
 
 
 def unpack_blob(index, blob):
@@ -1901,9 +1938,7 @@ def check_parts(name, value):
 #     One flipped bit in such a file mostly loads silently; so it is sealed with a checksum.
 # --------------------------------------------------------------------------------------------------
 
-SEAL = (
-    b"bcq-seal"  # with a SHA-256 behind it: the comment of the zip archive that torch.save writes
-)
+SEAL = b"bcq-seal"  # with a SHA-256 behind it: the comment of the zip archive of torch.save
 
 
 def state_dict(model, params, buffers):
@@ -1937,6 +1972,8 @@ def to_device(value, device):
         return type(value)(**{name: to_device(getattr(value, name), device) for name in fields})
     if isinstance(value, dict):
         return {to_device(key, device): to_device(v, device) for key, v in value.items()}
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*[to_device(v, device) for v in value])
     if isinstance(value, (list, tuple)):
         return type(value)([to_device(v, device) for v in value])
     return value
@@ -1958,12 +1995,27 @@ def checkpoint_bytes(path, net, hyperparam, **meta):
     for key, value in content.items():
         check_savable(path, key, value)
     stream = io.BytesIO()
-    torch.save(content, stream)
+    torch.save(copy_parts(content), stream)
     # a zip archive ends with the length of its comment: from 0 to that of the seal and its checksum
     sealed = stream.getvalue()[:-2] + struct.pack("<H", len(SEAL) + 32) + SEAL
     data = sealed + hashlib.sha256(sealed).digest()
     read_content(path, data)  # what would be refused later is refused now
     return data
+
+
+def copy_parts(content):
+    """The content with tensors that are parts of larger ones copied: those would be written."""
+    copies = {}
+
+    def own(t):
+        plain = t.layout == torch.strided
+        if plain and t.untyped_storage().nbytes() > t.numel() * t.element_size():
+            if id(t) not in copies:  # once, as a tied weight is
+                copies[id(t)] = t.detach().clone(memory_format=torch.contiguous_format)
+            t = copies[id(t)]
+        return t
+
+    return tree_map_only(torch.Tensor, own, content)
 
 
 def write_file(path, data):
@@ -2044,7 +2096,9 @@ def read_content(path, data):
     if "bcq" in content and not has_seal:
         raise ValueError(f"{path}: damaged, its checksum is missing")
     check_content(path, content, len(data))
-    return rename_step_sizes(content)
+    if "config" in content:  # run.py's
+        content = rename_step_sizes(content)
+    return content
 
 
 def check_archive(path, data):
@@ -2107,7 +2161,7 @@ def pickle_depth(stream):
 
 def check_content(path, content, size):
     """Raises ValueError for content that a file of so many bytes cannot hold in earnest."""
-    waiting, count, total = [(content, 0)], 0, 0
+    waiting, count, total, seen = [(content, 0)], 0, 0, set()
     while waiting:
         value, depth = waiting.pop()
         parts = []
@@ -2117,7 +2171,12 @@ def check_content(path, content, size):
             if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
                 kind = "a sparse, meta or quantized tensor"
                 raise ValueError(f"{path}: holds {kind}; save plain ones, with values")
-            total += value.numel() * value.element_size()
+            where = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            bytes_held = value.numel() * value.element_size()
+            if where in seen:  # one more name of the same, as of a layer that stands in many places
+                bytes_held //= 64
+            seen.add(where)
+            total += bytes_held
         elif isinstance(value, dict):
             if getattr(value, "__dict__", {}).keys() - {"_metadata"}:
                 raise ValueError(f"{path}: holds a dict whose methods are replaced")
@@ -2164,13 +2223,9 @@ def load_checkpoint(path, build):
     if len(found) > 1:
         warnings.warn(f"{path}: its {found[0]!r} is read, not its {found[1]!r}", stacklevel=2)
 
-    def fit(model):
-        state = model.state_dict()
-        fitted = fit_names(net, {k: t for k, t in state.items() if not is_extra(k)}, path)
-        return fitted | {name: t for name, t in net.items() if name in state and is_extra(name)}
-
-    model = construct(path, build, content.get("hyperparam"), fit, net)
-    net = fit(model)
+    model = construct(path, build, content.get("hyperparam"), net)
+    expected = {k: t for k, t in model.state_dict().items() if not is_extra(k)}
+    net = {**fit_names(net, expected, path), **extra_state(model, net)}
     load_state(model, net)  # fit_names has seen that all is there
 
     params, buffers = split(model)
@@ -2181,6 +2236,13 @@ def load_checkpoint(path, build):
     return model, params, buffers, meta
 
 
+def extra_state(model, net):
+    """What get_extra_state gave the entries of net, under the model's names."""
+    state = model.state_dict()
+    named = {strip_prefixes(str(name), state): value for name, value in net.items()}
+    return {name: value for name, value in named.items() if is_extra(name) and name in state}
+
+
 def load_state(model, net):
     """Writes the entries of a state dict into the model."""
     state = OrderedDict(net)
@@ -2188,11 +2250,10 @@ def load_state(model, net):
     model.load_state_dict(state, strict=False)
 
 
-def construct(path, build, hyperparam, fit, net):
-    """build called with the hyperparam in a file. Raises ValueError where it does not take it.
+def construct(path, build, hyperparam, net):
+    """build called with the hyperparam in a file. ValueError where it does not take it.
 
-    First without memory for the weights, where the constructor can do that: fit(model) raises for
-    one that the file's net is not of, before it fills the memory.
+    And where it builds a network far larger than the file's net, as that would fill the memory.
     """
     args, kwargs = (), {}
     if isinstance(hyperparam, dict):
@@ -2207,45 +2268,38 @@ def construct(path, build, hyperparam, fit, net):
         ) from None
 
     if not args and not kwargs:  # nothing that the file says decides its size
-        return build(*args, **kwargs)
-
-    sketch = None
-    with no_larger_than(net) as exceeded:
-        silent = contextlib.redirect_stdout(io.StringIO())
-        with contextlib.suppress(Exception), silent, torch.device("meta"):
-            sketch = build(*args, **kwargs)
-        if exceeded:
-            raise ValueError(f"{path}: its hyperparam are of a far larger network than its own")
-        if sketch is not None:  # else it computes with its weights, perhaps
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # said when the model itself is fitted
-                fit(sketch)
-        try:
+        return build()
+    try:
+        with no_larger_than(net):
             return build(*args, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{path}: no model can be built of its hyperparam ({why})") from error
+    except OverflowError:
+        why = "its hyperparam are of a far larger network than its own"
+        raise ValueError(f"{path}: {why}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: no model can be built of its hyperparam ({why})") from error
 
 
 @contextlib.contextmanager
 def no_larger_than(net):
-    """Raises OverflowError in what builds a module far larger than net; a list says that it did."""
-    shapes, exceeded = [], []
+    """Raises OverflowError in what builds, in this thread, a module far larger than net."""
+    shapes = []
     if isinstance(net, dict):
         shapes = [getattr(value, "shape", ()) for value in net.values()]
     count, values = 100 + 10 * len(shapes), 10**6 + 10 * sum(map(math.prod, shapes))
+    thread = threading.get_ident()
 
     def watch(module, name, parameter):
         nonlocal count, values
-        if parameter is not None:
-            count, values = count - 1, values - parameter.numel()
+        if parameter is None or threading.get_ident() != thread:
+            return
+        count, values = count - 1, values - parameter.numel()
         if count < 0 or values < 0:
-            exceeded.append(name)
             raise OverflowError("far larger than the file")
 
     hook = nn.modules.module.register_module_parameter_registration_hook(watch)
     try:
-        yield exceeded
+        yield
     finally:
         hook.remove()
 
@@ -2279,7 +2333,7 @@ def fit_names(net, expected, path):
             wrong.append(f"{name} is {shape_text(shape)}, expected {shape_text(t.shape)}")
         elif torch.is_tensor(value) and str(value.dtype)[6:] not in STORED:
             wrong.append(f"{name} is {value.dtype}, which nothing here computes with")
-        elif torch.is_tensor(value) and value.is_floating_point() != t.is_floating_point():
+        elif torch.is_tensor(value) and kind_of(value) != kind_of(t):
             wrong.append(f"{name} is {value.dtype}, expected {t.dtype}")
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     if wrong:
@@ -2290,6 +2344,11 @@ def fit_names(net, expected, path):
     if left_out:
         warnings.warn(f"{path}: left out {', '.join(left_out[:3])}: no weights", stacklevel=3)
     return found
+
+
+def kind_of(t):
+    """Whether a tensor has real numbers, and whether it has complex ones."""
+    return t.is_floating_point(), t.is_complex()
 
 
 def strip_prefixes(name, expected):
@@ -2358,9 +2417,11 @@ class Operation(NamedTuple):
     name: str
     weight: str | None  # the name of the weight that it multiplies by
     outputs: int
-    terms: int  # of each output's sum of products; 0 for what is no product
-    reads: int  # the values of its largest input
-    has_bias: bool
+    terms: int = 0  # of each output's sum of products; 0 for what is no product
+    macs: int = 0
+    reads: int = 0  # the values of its largest input
+    has_bias: bool = False
+    in_layer: bool = False  # F.conv2d or F.linear computed it: its input may have a grid
 
 
 def stored_cost(name, w, full_bits):
@@ -2401,6 +2462,7 @@ class OperationCounter(TorchDispatchMode):
         for name, w in weights.items():
             self.names[w.untyped_storage().data_ptr()] = name
         self.kept = []  # copies of weights: their place is not to be given to others
+        self.called = []  # the weights of layers whose product is yet to come
 
     def weight_name(self, t):
         """The name of the weight whose values a tensor has, or None."""
@@ -2423,18 +2485,25 @@ class OperationCounter(TorchDispatchMode):
 
     def product(self, function, name, args, out):
         """The Operation of a product by a weight, see PRODUCTS."""
-        weight = args[PRODUCTS[name]]
+        weight, outputs = args[PRODUCTS[name]], out.numel()
         has_bias = name in ("addmm", "baddbmm", "addmv")
         if name == "convolution":
             terms = weight.shape[1:].numel()
             has_bias = args[2] is not None
-            if args[6]:  # a transposed one: each of its inputs is multiplied by so many weights
-                out = args[0]
         elif name in ("mv", "addmv", "dot"):
             terms = weight.shape[-1]
         else:
             terms = weight.shape[-2]
-        return Operation(str(function), self.weight_name(weight), out.numel(), terms, 0, has_bias)
+        macs = outputs * terms
+        if name == "convolution" and args[6]:  # a transposed one: so many for each of its inputs
+            macs = args[0].numel() * terms
+            terms = math.ceil(macs / outputs)
+        key = self.weight_name(weight)
+        in_layer = key in self.called
+        if in_layer:
+            self.called.remove(key)
+        more = {"has_bias": has_bias, "in_layer": in_layer}
+        return Operation(str(function), key, outputs, terms, macs, **more)
 
 
 def other_operation(function, name, inputs, outputs):
@@ -2444,7 +2513,7 @@ def other_operation(function, name, inputs, outputs):
     if (len(factors) > 1 and not known) or name.startswith("_fft"):
         raise ValueError(f"cannot count {function}: it may be a product, of how many terms?")
     reads = max([t.numel() for t in inputs], default=0)
-    return Operation(str(function), None, outputs[0].numel(), 0, reads, False)
+    return Operation(str(function), None, outputs[0].numel(), reads=reads)
 
 
 def count_operations(model, params, buffers, x):
@@ -2457,9 +2526,15 @@ def count_operations(model, params, buffers, x):
     def watcher(name):
         def watch(x):
             layers.add(name)
+            counter.called.append(name)
             return x
 
         return watch
+
+    def to_float32(t):
+        if t.is_floating_point():
+            return t.float()
+        return t
 
     watched, weights = {}, {}
     for name, w in params.items():
@@ -2469,14 +2544,15 @@ def count_operations(model, params, buffers, x):
         plain = w
         if isinstance(w, OwnLayer):
             plain = w.dequantize()
-        if plain.is_floating_point():
-            plain = plain.detach().float()
+        plain = to_float32(plain.detach()).clone()  # in a place of its own, which says its name
         weights[name] = watched[name] = plain
         if plain.ndim > 1:
             watched[name] = QuantizedInput(plain, watcher(name))
     buffers = to_dtype(buffers, torch.float32)
+    x = tree_map_only(torch.Tensor, to_float32, x)
+    counter = OperationCounter(weights)
     # MATH: attention as the products that it is made of, not as one operation
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), OperationCounter(weights) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         apply(model, watched, buffers, x)
     return counter.operations, layers
 
@@ -2486,9 +2562,11 @@ def count_cost(model, params, buffers, shape=(3, 32, 32), x=None):
 
     params, buffers: as it is deployed, packed or in full precision. x: the input to count for, as
     apply takes it, where it is no image; without it an image of zeros. An activation counts as one
-    operation a value, whichever it is; a norm as two; rounding inputs to their grid as none. Batch
-    norm stores a scale and a shift: its statistics belong to them, even if deploy left them. Raises
-    ValueError, with its name, for an operation that cannot be counted.
+    operation a value, whichever it is; a batch, layer or group norm as two; rounding inputs to
+    their grid as none. A weight that is also multiplied outside of its layer, where no grid of
+    inputs reaches, has a row for that. Batch norm stores a scale and a shift: its statistics belong
+    to them, even if deploy left them. Raises ValueError, with its name, for an operation that
+    cannot be counted.
     """
     if x is None:
         x = torch.zeros(1, *shape)
@@ -2507,24 +2585,29 @@ def count_cost(model, params, buffers, shape=(3, 32, 32), x=None):
 
     operations, layers = count_operations(model, own, buffers, x)
     for operation in operations:
-        key = operation.weight or operation.name
-        row = rows.setdefault(key, Cost(key, w_bits=full_bits, a_bits=full_bits))
+        key, w_bits, a_bits = operation.name, full_bits, full_bits
+        w = own.get(operation.weight)
+        if operation.weight:
+            key, w_bits = operation.weight, rows[operation.weight].w_bits
+            if operation.in_layer:
+                a_bits = rows[key].a_bits
+            elif key in layers:
+                key, w = f"{key}, elsewhere", None
+        row = rows.setdefault(key, Cost(key, w_bits=w_bits))
+        row.a_bits = a_bits
         if operation.terms == 0:
             each = max(operation.outputs, operation.reads)
             if key.split(".")[1] in NORMS:
                 each = 2 * operation.outputs
             row.ops += each
             continue
-        row.macs += operation.outputs * operation.terms
+        row.macs += operation.macs
         row.terms = operation.terms
         row.outputs += operation.outputs
-        w = own.get(operation.weight)
         if is_scaled(w):
             row.ops += operation.outputs
         if operation.has_bias or getattr(w, "shift", None) is not None:
             row.ops += operation.outputs
-        if operation.weight not in layers:  # it computes in a way that no grid of inputs reaches
-            row.a_bits = full_bits
     return list(rows.values())
 
 

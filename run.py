@@ -1497,11 +1497,10 @@ def check_gradients(config, model, params, buffers, x, names):
     moving = {k: w for k, w in params.items() if k not in config.frozen}
     if not moving:
         raise ValueError(f"--model {config.model}: all its parameters are frozen")
-    held = model.state_dict()
-    for name, w in {**params, **buffers}.items():
-        if w.is_complex() and name in held:
+    for name, w in moving.items():
+        if w.is_complex():
             raise ValueError(
-                f"--model {config.model}: {name} is complex; files hold only real ones"
+                f"--model {config.model}: {name} is complex; only real ones are trained"
             )
     leaves = {k: w.detach().requires_grad_() for k, w in moving.items()}
     grads = [None] * len(leaves)

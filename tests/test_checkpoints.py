@@ -5,6 +5,9 @@ import functools
 import io
 import json
 import os
+import sys
+import threading
+import time
 import zipfile
 
 import pytest
@@ -40,7 +43,7 @@ class Kind(enum.Enum):
 
 UNREADABLE = {
     "a million numbers": [0.5] * 1_100_000,
-    "one tensor many times": dict.fromkeys(map(str, range(12)), torch.zeros(10**6)),
+    "one tensor many times": dict.fromkeys(map(str, range(800)), torch.zeros(10**6)),
     "a view larger than what it shows": torch.zeros(1).expand(10**7),
     "a sparse tensor": torch.eye(3).to_sparse(),
     "a key that is an object": {Kind.ODD: 1},
@@ -399,3 +402,92 @@ def test_learned_step_sizes_in_a_file_of_before_have_the_names_of_now():
     for part in ("latent", "steps", "first_steps"):
         names = {name.split(":")[1] for name in content[part] if ":" in name}
         assert names == {"step_size", "input_step_size"}
+
+
+class Repeated(nn.Module):
+    """One layer that stands in many places, as in ALBERT."""
+
+    def __init__(self, width=400):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width)] * 24)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_of_many_names_is_saved_once_and_loaded(tmp_path):
+    model = Repeated()
+    params, buffers = bcq.split(model)
+    bcq.save_checkpoint(tmp_path / "a.pth", bcq.state_dict(model, params, buffers), {})
+    assert (tmp_path / "a.pth").stat().st_size < 1.1 * 4 * 400 * 401
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    for name in ("a.pth", "b.pth"):
+        _, found, _, _ = bcq.load_checkpoint(tmp_path / name, Repeated)
+        assert same(found, params)
+
+
+def test_a_part_of_a_larger_tensor_is_written_alone(tmp_path):
+    ensemble = {
+        name: p.repeat(50, 1, 1) for name, p in nn.Linear(100, 100, bias=False).named_parameters()
+    }
+    member = {name: p[7] for name, p in ensemble.items()}
+    tied = {**member, "again": member["weight"]}
+    bcq.save_checkpoint(tmp_path / "m.pth", tied, {})
+    assert (tmp_path / "m.pth").stat().st_size < 1.1 * 4 * 100 * 100
+    assert same(bcq.read_checkpoint(tmp_path / "m.pth")["net"], tied)
+
+
+def test_a_named_tuple_is_refused_by_its_name_and_words_of_the_users_stay_as_they_are(tmp_path):
+    with pytest.raises(ValueError, match="m.pth: method is a Method"):
+        bcq.save_checkpoint(tmp_path / "m.pth", {}, {}, method=bcq.BWN)
+    bcq.save_checkpoint(tmp_path / "m.pth", {}, {}, log={"warmup:step": 3})
+    assert bcq.read_checkpoint(tmp_path / "m.pth")["log"] == {"warmup:step": 3}
+
+
+class Slow(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, 3)
+        time.sleep(0.2)
+
+
+def test_files_are_read_in_threads_while_larger_networks_are_built_in_others(tmp_path):
+    net = Slow(4).state_dict()
+    bcq.save_checkpoint(tmp_path / "m.pth", net, {"width": 4})
+    before, loaded = sys.stdout, []
+
+    def load():
+        loaded.append(bcq.load_checkpoint(tmp_path / "m.pth", Slow))
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)
+    nn.Linear(2000, 2000)  # far larger than the file's, and none of its business
+    for thread in threads:
+        thread.join()
+    assert len(loaded) == 3 and sys.stdout is before
+    assert all(same(params, net) for _, params, _, _ in loaded)
+
+
+@functools.cache
+def places(count):
+    return torch.arange(float(count))
+
+
+class Cached(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.layer = nn.Linear(count, 3)
+        self.register_buffer("places", places(count), persistent=False)
+
+
+def test_a_constructor_that_keeps_tensors_from_call_to_call_is_called_as_anywhere(tmp_path):
+    bcq.save_checkpoint(tmp_path / "m.pth", Cached(4).state_dict(), {"count": 4})
+    places.cache_clear()
+    _, _, buffers, _ = bcq.load_checkpoint(tmp_path / "m.pth", Cached)
+    assert (
+        torch.equal(buffers["places"], torch.arange(4.0)) and Cached(4).places.device.type == "cpu"
+    )

@@ -337,3 +337,54 @@ def test_every_network_of_models_is_counted(name):
     width, more = (1, {"depth": 10}) if name == "wrn" else (0.25, {})
     cost = cost_of(models.MODELS[name](width=width, **more))
     assert macs(cost) > 0 and bcq.course_score(cost) > 0 and bcq.micronet_score(cost) > 0
+
+
+class Tied(nn.Module):
+    """An autoencoder whose decoder is the encoder's weight, multiplied by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(12, 5, bias=False)
+
+    def forward(self, x):
+        return self.encoder(x.flatten(1)) @ self.encoder.weight
+
+
+def test_a_weight_that_is_multiplied_beside_its_layer_too_has_real_inputs_there():
+    model = Tied()
+    params, buffers = bcq.split(model)
+    packed = bcq.pack(params, {"encoder.weight": 8}, {"encoder.weight": (4, 8)})
+    cost = bcq.count_cost(model, packed, buffers, (3, 2, 2))
+    rows = {row.layer: (row.values, row.macs, row.w_bits, row.a_bits) for row in cost}
+    assert rows["encoder.weight"] == (60, 60, 8, 4)
+    assert rows["encoder.weight, elsewhere"] == (0, 60, 8, 32)
+    stored = 60 * 8 + 5 * 32
+    computed = 60 * 8 + 60 * 32  # the wider operand's bits
+    assert math.isclose(bcq.course_score(cost), stored / 32 / 5.6e6 + computed / 32 / 2.8e8)
+
+
+def test_weights_that_are_parts_of_one_tensor_are_told_apart():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 2))
+    params, buffers = bcq.split(model)
+    flat, views, start = torch.cat([p.flatten() for p in params.values()]), {}, 0
+    for name, p in params.items():
+        views[name] = flat[start : start + p.numel()].view_as(p)
+        start += p.numel()
+    expected = bcq.count_cost(model, params, buffers, (3, 2, 2))
+    assert bcq.count_cost(model, views, buffers, (3, 2, 2)) == expected
+    assert {row.layer: row.macs for row in expected if row.macs} == {"1.weight": 60, "2.weight": 10}
+
+
+def test_the_bias_of_a_transposed_convolution_is_added_to_each_of_its_outputs():
+    model = nn.ConvTranspose2d(3, 5, 4, stride=2, padding=1)
+    (row, bias) = cost_of(model, shape=(3, 8, 8))
+    assert (row.macs, row.outputs, row.ops) == (3 * 64 * 5 * 16, 5 * 256, 5 * 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_any_precision_is_counted_for_an_input_of_its_own(dtype):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    params, buffers = bcq.split(model.to(dtype))
+    expected = bcq.count_cost(model, params, buffers, (3, 2, 2))
+    x = torch.zeros(1, 3, 2, 2, dtype=dtype)
+    assert bcq.count_cost(model, params, buffers, x=x) == expected and macs(expected) == 60

@@ -158,3 +158,59 @@ def test_norms_that_do_not_count_their_passes_are_measured_too():
         model = nn.Sequential(norm)
         updated = bcq.batch_norm_statistics(model, *bcq.split(model), [(x, None)])
         assert torch.allclose(updated["0.running_mean"], x.mean((0, 2, 3)), atol=1e-6)
+
+
+class TwoWays(nn.Module):
+    """A norm for positive images, and one for the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.up(x) if x.mean() > 0 else self.down(x)
+
+
+def test_a_norm_that_only_some_batches_run_through_has_the_statistics_of_those():
+    model = TwoWays()
+    high, low = torch.rand(8, 3, 4, 4) + 4, torch.rand(24, 3, 4, 4) - 5
+    batches = [(high, None), (low[:8], None), (low[8:], None)]
+    found = bcq.batch_norm_statistics(model, *bcq.split(model), batches)
+    for name, x in (("up", high), ("down", low)):
+        assert torch.allclose(found[f"{name}.running_mean"], x.mean((0, 2, 3)), rtol=1e-5)
+        assert torch.allclose(found[f"{name}.running_var"], x.var((0, 2, 3)), rtol=0.01)
+
+
+def test_statistics_that_are_not_finite_are_measured_anew():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    params, buffers = bcq.split(model)
+    buffers["0.running_mean"][0], buffers["0.running_var"][1] = torch.nan, torch.inf
+    x, _ = batch(0)
+    found = bcq.batch_norm_statistics(model, params, buffers, [(x, None)])
+    assert torch.allclose(found["0.running_mean"], x.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(found["0.running_var"], x.var((0, 2, 3)), rtol=1e-5)
+
+
+def test_a_batch_without_images_says_nothing_of_statistics(small):
+    params, buffers = bcq.split(small)
+    x, _ = batch(0)
+    some, none = [(x, None)], [(x[:0], None)]
+    expected = bcq.batch_norm_statistics(small, params, buffers, some)
+    assert same(bcq.batch_norm_statistics(small, params, buffers, none + some + none), expected)
+    with pytest.raises(ValueError, match="no images"):
+        bcq.batch_norm_statistics(small, params, buffers, none)
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (16,)])
+def test_a_single_logit_is_refused_as_no_class_can_be_read_from_it(shape):
+    def forward(model, params, buffers, x, train=False):
+        return params["w"] * x.mean((1, 2, 3)).view(shape), buffers
+
+    params, x = {"w": torch.ones(())}, batch(0)[0]
+    pairs = [(x, torch.ones(shape))]
+    with pytest.raises(ValueError, match="one for each class, two for a yes or no"):
+        bcq.evaluate(nn.Identity(), params, {}, pairs, forward)
+    loss = nn.functional.binary_cross_entropy_with_logits
+    step = bcq.make_train_step(nn.Identity(), {}, bcq.sgd(), loss, forward)
+    with pytest.raises(ValueError, match="one for each class"):
+        step(params, {}, bcq.sgd().init(params), pairs[0], 0.1)

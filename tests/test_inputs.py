@@ -351,3 +351,13 @@ def test_calibration_sees_what_each_layer_receives_and_changes_nothing(small):
     assert set(sizes) == {f"{name}:input_step_size" for name in bits}
     assert torch.equal(sizes["conv.weight:input_step_size"], bcq.min_max(x, 8)[0])
     assert same(params, kept)
+
+
+def test_an_empty_batch_has_empty_logits_with_quantized_inputs_too():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    params, buffers = bcq.split(model)
+    params["1.weight:input_step_size"] = torch.tensor(0.1)
+    forward = bcq.quantized_inputs({"1.weight": (4, 8)})
+    for shape in ((0, 12), (0, 3, 4)):
+        logits, _ = forward(model, params, buffers, torch.zeros(shape))
+        assert logits.shape == (0, 5)

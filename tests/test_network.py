@@ -137,3 +137,25 @@ def test_torchvisions_networks_run_as_functions_with_binary_weights(build):
     logits, _ = bcq.apply(model, weights, buffers, x)
     model.load_state_dict(bcq.state_dict(model, weights, buffers))
     assert torch.equal(logits, model.eval()(x))
+
+
+class Remembers(nn.Module):
+    """A buffer that is None until the first forward, as a mask that is made once."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("mask", None)
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(3)
+        return self.layer(x * self.mask)
+
+
+def test_a_buffer_that_is_none_is_none_after_each_call():
+    model, x = Remembers(), torch.randn(4, 3)
+    params, buffers = bcq.split(model)
+    first, second = (bcq.apply(model, params, buffers, x)[0] for _ in range(2))
+    assert torch.equal(first, second) and model.mask is None
+    assert torch.equal(first, model.layer(x))

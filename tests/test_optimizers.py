@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import same
+from helpers import batch, same
 
 import bcq
 
@@ -247,3 +247,40 @@ def test_parameters_of_one_value_keep_their_dtype(optimizer):
     for lr in (0.1, torch.tensor(0.1)):
         updates, state = optimizer.update(params, state, params, lr)
         assert {u.dtype for u in updates.values()} == {torch.float32}
+
+
+def test_without_momentum_one_infinite_gradient_is_no_nan_for_ever():
+    p = torch.nn.Parameter(torch.ones(2))
+    theirs = torch.optim.SGD([p], 0.1)
+    params, optimizer = {"p": torch.ones(2)}, bcq.sgd()
+    state = optimizer.init(params)
+    for g in (torch.tensor([torch.inf, 1.0]), torch.tensor([1.0, 1.0])):
+        updates, state = optimizer.update({"p": g}, state, params, 0.1)
+        params = {"p": (params["p"] + updates["p"]).clamp(-1, 1)}
+        p.grad = g
+        theirs.step()
+        p.data.clamp_(-1, 1)
+    assert torch.equal(params["p"], p.data) and p.isfinite().all()
+
+
+def test_names_may_come_one_by_one(small):
+    params, _ = bcq.split(small)
+    names = [name for name, p in params.items() if p.ndim > 1]
+    noise = [
+        bcq.draw_noise(params, own, torch.Generator().manual_seed(0))
+        for own in (names, iter(names))
+    ]
+    assert noise[0].keys() == set(names) and same(*noise)
+    masks = [bcq.magnitude_masks(params, own, 0.5) for own in (names, iter(names))]
+    assert masks[0].keys() == set(names) and same(*masks)
+    assert bcq.glorot_scale(params, iter(names)) == bcq.glorot_scale(params, names)
+
+
+def test_frozen_names_that_come_one_by_one_do_not_move(small):
+    params, buffers = bcq.split(small)
+    names = [name for name in params if name.startswith("conv")]
+    step = bcq.make_train_step(small, {}, bcq.sgd(), bcq.cross_entropy, frozen=iter(names))
+    for _ in range(2):
+        moved, *_ = step(params, buffers, bcq.sgd().init(params), batch(0), 0.1)
+        assert torch.equal(moved["conv.weight"], params["conv.weight"])
+        assert not torch.equal(moved["out.weight"], params["out.weight"])

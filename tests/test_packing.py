@@ -378,3 +378,73 @@ def test_deploy_folds_batch_norm_into_wider_weights_and_computes_nearly_the_same
     expected, _ = bcq.apply(model, params, buffers, x)
     found, _ = bcq.apply(model, packed, stats, x)
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_what_is_packed_already_is_not_packed_in_another_way_without_a_word():
+    params = {"w": torch.tensor([[1.0, -1.0]])}
+    packed = bcq.pack(params, {"w": 1})
+    assert bcq.pack(packed, {"w": 1})["w"] is packed["w"] is bcq.pack(packed, {})["w"]
+    for bits, grids in (({"w": 4}, None), ({"w": 1}, {"w": (8, 128)})):
+        with pytest.raises(ValueError, match="w: is packed already"):
+            bcq.pack(packed, bits, grids)
+
+
+class Several(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x), None, "text"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_network_of_any_precision_and_outputs_is_deployed_folded_and_comes_back(dtype, tmp_path):
+    def build():
+        return Several(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, bias=False), nn.BatchNorm2d(2)
+        )
+
+    model = build().to(dtype)
+    params, buffers = with_statistics(model) if dtype == torch.float32 else bcq.split(model)
+    packed, fixed = bcq.deploy(model, params, buffers, {"0.weight": 8}, shape=(3, 8, 8))
+    assert isinstance(packed["1.weight"], bcq.FoldedNorm)
+    assert isinstance(packed["2.weight"], bcq.Shifted)
+    bcq.save_packed(tmp_path / "m.bcq", model, packed, fixed, {})
+    again, found, stats, _ = bcq.load_packed(tmp_path / "m.bcq", lambda: build().to(dtype))
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    (logits, none, text), _ = bcq.apply(again, found, stats, x)
+    (expected, _, _), _ = bcq.apply(model, params, buffers, x)
+    assert (none, text) == (None, "text") and torch.allclose(logits, expected, atol=0.05)
+
+
+class Turns(nn.Module):
+    """A weight that is no layer's, and a buffer of complex numbers, which no state dict has."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.rand(3)), persistent=False)
+
+    def forward(self, x):
+        x = x * self.turn.real[:, None, None]
+        return self.attention(x, x, x)[0]
+
+
+def test_a_packed_weight_of_any_name_and_a_complex_buffer_come_back_from_a_file(tmp_path):
+    model = Turns().eval()
+    params, buffers = bcq.split(model)
+    packed = bcq.pack(params, {"attention.in_proj_weight": 8})
+    bcq.save_packed(tmp_path / "m.bcq", model, packed, buffers, {})
+    again, found, stats, _ = bcq.load_packed(tmp_path / "m.bcq", Turns)
+    x = torch.randn(3, 2, 4)
+    assert torch.equal(stats["turn"], model.turn)
+    logits = bcq.apply(again, found, stats, x)[0]
+    assert torch.equal(logits, bcq.apply(model, packed, buffers, x)[0])
+    assert torch.allclose(logits, model(x), atol=0.05)
+
+
+def test_what_no_packed_file_holds_is_refused_when_it_is_written(tmp_path):
+    model = nn.Linear(3, 2)
+    params, buffers = bcq.split(model)
+    packed = bcq.pack(params, {"weight": 8})
+    packed["weight"] = dataclasses.replace(packed["weight"], scale=torch.full((2,), torch.nan))
+    with pytest.raises(ValueError, match="m.bcq: scale or shift of weight"):
+        bcq.save_packed(tmp_path / "m.bcq", model, packed, buffers, {})
+    assert not (tmp_path / "m.bcq").exists()

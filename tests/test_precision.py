@@ -72,3 +72,19 @@ def test_autocast_computes_in_bf16_and_returns_float32_logits_and_leaves_the_par
     exact, _ = bcq.apply(small, params, buffers, x)
     assert logits.dtype == torch.float32 and same(kept, params)
     assert 0 < (logits - exact).abs().max() < 0.1
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), {"input": x}
+
+
+@pytest.mark.parametrize("forward", [bcq.cast_forward, bcq.autocast_forward])
+def test_a_model_that_gives_several_tensors_gives_them_in_float32(forward):
+    model, x = Pair(3, 2), torch.randn(4, 3)
+    params, buffers = bcq.split(model)
+    if forward is bcq.cast_forward:
+        params = bcq.to_dtype(params, torch.bfloat16)
+    (logits, more), _ = forward(torch.bfloat16)(model, params, buffers, x)
+    assert logits.dtype == more["input"].dtype == torch.float32
+    assert torch.allclose(logits, model(x)[0], atol=0.05)

@@ -581,6 +581,9 @@ def test_the_extra_state_of_a_module_is_in_its_files(tmp_path):
     bcq.save_packed(tmp_path / "a.bcq", model, bcq.pack(params, {}), buffers, {})
     own = bcq.load_packed(tmp_path / "a.bcq", WithFactor)[:3]
     assert torch.equal(bcq.apply(*own, x)[0], model(x))
+    torch.save({f"module.{k}": v for k, v in model.state_dict().items()}, tmp_path / "b.pth")
+    own = bcq.load_checkpoint(tmp_path / "b.pth", WithFactor)[:3]
+    assert torch.equal(bcq.apply(*own, x)[0], model(x))
 
 
 def test_a_name_with_a_colon_is_refused():

@@ -385,11 +385,16 @@ def test_a_frozen_or_complex_network_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     words = own_network(tmp_path / "other", extra=extra)
     assert_refused(call(*TINY, *words), "c is complex")
-    extra = "self.register_buffer('d', torch.ones(2, dtype=torch.complex64))"
-    (tmp_path / "third").mkdir()
-    words = own_network(tmp_path / "third", extra=extra)
-    assert_refused(call(*TINY, *words, "--out", tmp_path / "run"), "d is complex")
-    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_a_network_with_a_complex_buffer_is_trained_and_exported(tmp_path):
+    extra = "self.register_buffer('d', torch.full((2,), 1j))"
+    words = own_network(tmp_path, extra=extra)
+    succeed(*TINY, *words, "--epochs", 1, "--out", tmp_path / "run")
+    net, model = tmp_path / "run" / "model", ["--model", words[words.index("--model") + 1]]
+    succeed("--mode", "export", "--checkpoint", f"{net}.pth", *model)
+    own = run.load_network(f"{net}.bcq", torch.device("cpu"), model[1])
+    assert torch.equal(own.buffers["d"], torch.full((2,), 1j))
 
 
 OTHER_KINDS = {
