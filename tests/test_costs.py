@@ -388,3 +388,19 @@ def test_a_network_of_any_precision_is_counted_for_an_input_of_its_own(dtype):
     expected = bcq.count_cost(model, params, buffers, (3, 2, 2))
     x = torch.zeros(1, 3, 2, 2, dtype=dtype)
     assert bcq.count_cost(model, params, buffers, x=x) == expected and macs(expected) == 60
+
+
+def test_exact_sums_have_a_bit_more_from_one_term_beyond_a_power_of_two():
+    assert [bcq.exact_sums(4, 4, n) for n in (1, 2, 100, 128, 129)] == [8, 9, 15, 15, 16]
+
+
+def test_buffers_are_stored_and_a_bias_of_a_convolution_is_an_addition():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False))
+    rows = {r.layer: r for r in bcq.count_cost(model, *bcq.split(model), (3, 4, 4))}
+    assert rows["1.running_mean"].values == rows["1.running_var"].values == 4
+    assert rows["0.weight"].ops == 4 * 2 * 2
+
+
+def test_the_freebie_halves_the_bits_of_scales_too():
+    row = bcq.Cost("w", 100, w_bits=32, side_bits=320)
+    assert bcq.micronet_score([row], freebie=True) == pytest.approx((100 * 16 + 160) / 32 / 36.5e6)

@@ -214,3 +214,12 @@ def test_a_single_logit_is_refused_as_no_class_can_be_read_from_it(shape):
     step = bcq.make_train_step(nn.Identity(), {}, bcq.sgd(), loss, forward)
     with pytest.raises(ValueError, match="one for each class"):
         step(params, {}, bcq.sgd().init(params), pairs[0], 0.1)
+
+
+def test_a_norm_of_momentum_0_keeps_its_statistics():
+    model = nn.Sequential(nn.BatchNorm2d(3, momentum=0.0), nn.BatchNorm2d(3))
+    params, buffers = bcq.split(model)
+    updated = bcq.batch_norm_statistics(
+        model, params, buffers, [(5 + torch.randn(8, 3, 4, 4), None)]
+    )
+    assert same(updated["0.running_mean"], buffers["0.running_mean"])

@@ -361,3 +361,15 @@ def test_an_empty_batch_has_empty_logits_with_quantized_inputs_too():
     for shape in ((0, 12), (0, 3, 4)):
         logits, _ = forward(model, params, buffers, torch.zeros(shape))
         assert logits.shape == (0, 5)
+
+
+def test_the_largest_of_many_inputs_of_two_calls_is_seen():
+    class Twice(nn.Linear):
+        def forward(self, x):
+            super().forward(x)
+            return super().forward(x)
+
+    model, x = Twice(4, 4), torch.rand(20_000, 4)
+    x[12_345, 2] = 100.0
+    scales, _ = bcq.calibrate_inputs(model, *bcq.split(model), x, {"weight": 8})
+    assert scales["weight:input_step_size"].item() == pytest.approx(100 / 255)

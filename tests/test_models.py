@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 import bcq
 import models
@@ -107,3 +108,65 @@ def test_every_network_takes_classes_width_and_activation_and_gives_logits(name)
 def test_a_wideresnet_of_an_impossible_depth_is_an_error():
     with pytest.raises(ValueError, match=r"6 n \+ 4"):
         models.wrn(depth=27)
+
+
+def by_order(model, other):
+    """Another module with the tensors of the model, in their order."""
+    state = dict(zip(other.state_dict(), model.state_dict().values(), strict=True))
+    other.load_state_dict(state)
+    return other.eval()
+
+
+def randomized(model):
+    """The model with weights and statistics that no initialisation has."""
+    for p in model.parameters():
+        nn.init.normal_(p, 0.1, 0.2)
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 32, 32))
+    return model.eval()
+
+
+def test_resnet18_computes_what_torchvisions_does_without_its_first_pooling():
+    ours, x = randomized(models.resnet18()), torch.randn(4, 3, 32, 32)
+    t = torchvision.models.resnet18(num_classes=10)
+    t.conv1, t.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    torch.testing.assert_close(ours(x), by_order(ours, t)(x), rtol=1e-3, atol=1e-3)
+
+
+def test_mobilenetv2_computes_what_torchvisions_does_with_the_strides_of_small_images():
+    ours = randomized(models.mobilenetv2())
+    settings = [
+        [1, 16, 1, 1],
+        [6, 24, 2, 1],
+        [6, 32, 3, 2],
+        [6, 64, 4, 2],
+        [6, 96, 3, 1],
+        [6, 160, 3, 2],
+        [6, 320, 1, 1],
+    ]
+    t = torchvision.models.mobilenet_v2(num_classes=10, inverted_residual_setting=settings)
+    t.features[0][0].stride = (1, 1)
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(x), by_order(ours, t)(x), rtol=1e-3, atol=1e-3)
+
+
+def test_wrn_and_vgg_are_their_definitions_layer_by_layer():
+    m, x = randomized(models.wrn(width=1, depth=10)), torch.randn(2, 3, 32, 32)
+    y = m.conv(x)
+    for b in m.blocks:
+        inside = b.norm1(y).relu()
+        if b.shortcut is not None:
+            y = b.shortcut(inside)
+        y = y + b.conv2(b.norm2(b.conv1(inside)).relu())
+    torch.testing.assert_close(m(x), m.linear(m.norm(y).relu().mean((2, 3))))
+
+    m, y = randomized(models.vgg_bc(width=0.125)), x
+    for i in range(6):
+        y = m.convs[i](y)
+        if i % 2:
+            y = F.max_pool2d(y, 2)
+        y = m.norms[i](y).relu()
+    y = y.flatten(1)
+    for i in range(2):
+        y = m.linear_norms[i](m.linears[i](y)).relu()
+    torch.testing.assert_close(m(x), m.linear_norms[2](m.linears[2](y)))

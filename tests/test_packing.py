@@ -448,3 +448,11 @@ def test_what_no_packed_file_holds_is_refused_when_it_is_written(tmp_path):
     with pytest.raises(ValueError, match="m.bcq: scale or shift of weight"):
         bcq.save_packed(tmp_path / "m.bcq", model, packed, buffers, {})
     assert not (tmp_path / "m.bcq").exists()
+
+
+def test_a_norm_of_another_epsilon_is_two_vectors_that_compute_the_same():
+    model = nn.Sequential(nn.BatchNorm2d(3, eps=0.5))
+    params, buffers = bcq.split(model)
+    x = torch.randn(4, 3, 5, 5)
+    found, _ = bcq.apply(model, *bcq.scale_and_shift(model, params, buffers), x)
+    torch.testing.assert_close(found, bcq.apply(model, params, buffers, x)[0])

@@ -326,3 +326,8 @@ def test_pruned_weights_stay_zeros_through_training_and_packing(method, bits, op
     for name, mask in masks.items():
         assert not weights[name][~mask].any() and weights[name][mask].any()
         assert not packed[name].dequantize()[~mask].any()
+
+
+def test_the_share_of_pruned_weights_is_rounded_to_the_nearest_count():
+    kept = bcq.magnitude_masks({"a": torch.randn(100)}, ["a"], 0.29)["a"].sum()
+    assert kept == 71
