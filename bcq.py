@@ -18,8 +18,9 @@ Part one, BinaryConnect          Part two, its family; small and integer for rea
     8 lower precision
 
 Functions return what they change; only BC keeps a state and works in place, and a Packed keeps what
-it unpacked. Random numbers come from a generator that the caller passes. params has the names of
-model.named_parameters(), buffers those of model.named_buffers(). "The paper" is Courbariaux, Bengio
+it unpacked. Random numbers come from a generator that the caller passes; some_values and deploy
+draw the same ones each time. params has the names of model.named_parameters(), buffers those of
+model.named_buffers(). "The paper" is Courbariaux, Bengio
 and David 2015, "BinaryConnect", arXiv:1511.00363; the lab is the one on quantization in the course
 that the README names.
 """
@@ -310,6 +311,10 @@ def no_second_forward(model):
                 module._parameters[name] = torch.empty(0).as_subclass(NotNow)
     try:
         yield
+    except RuntimeError as error:
+        if "heckpoint" in str(error) and ".grad()" in str(error):  # torch's own refusal
+            refuse_second()
+        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -2088,7 +2093,7 @@ def read_content(path, data):
         why = "damaged, or not one"
         if data[8:10] == b'{"':
             why = "a safetensors file: load it with that library and save its dict by torch.save"
-        elif "weights_only" in str(error).lower():
+        elif data[:1] in (b"P", b"\x80") and "weights_only" in str(error).lower():
             why = "it holds a Python object: save the state_dict() alone, as tensors"
         raise ValueError(f"{path}: cannot be read as a checkpoint ({why})") from None
     if not isinstance(content, dict):

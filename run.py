@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shlex
 import socket
@@ -44,6 +45,7 @@ from functools import cache, lru_cache, partial, wraps
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -101,8 +103,8 @@ class Config:
 
     optimizer: str = "sgd"
     schedule: str = "linear"
-    lr: float = 0.0  # of this and the next seven: see OPTIMIZERS
-    lr_end: float = 0.0
+    lr_end: float = 0.0  # of the exponential one
+    lr: float = 0.0  # of this and the next six: see OPTIMIZERS
     momentum: float = 0.0
     weight_decay: float = 0.0
     rest_lr: float = 1.0
@@ -352,7 +354,7 @@ def load_folder(root, name):
         if not (root / split).is_dir():
             raise ValueError(f"{root}: no folder {split}/ (wanted: {{train,test}}/CLASS/IMAGE)")
         try:
-            folder = ImageFolder(root / split, loader=decode)
+            folder = ImageFolder(root / split, loader=decode, is_valid_file=is_image)
         except FileNotFoundError as error:  # a class without images
             raise ValueError(f"{root / split}: {error}") from None
         if data.setdefault("classes", folder.classes) != folder.classes:
@@ -365,6 +367,13 @@ def load_folder(root, name):
     if name == "cifar100" and len(data["classes"]) != 100:
         raise ValueError(f"{root}: its classes are not CIFAR-100's; use --dataset {root}")
     return data
+
+
+def is_image(path):
+    """Whether a file in a class's folder is taken for an image, by its name."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return path.lower().endswith((*IMG_EXTENSIONS, ".gif"))
 
 
 def decode(path, resize=False):
@@ -772,6 +781,23 @@ def guard(function, doing):
     return guarded
 
 
+OWN_FOLDERS = [Path(__file__).resolve().parent]  # of this file, and of users' files
+
+
+def make_way(folder):
+    """Forgets modules of other folders of code whose names a user's folder has too: there its own
+    are meant."""
+    for name, module in list(sys.modules.items()):
+        file, top = getattr(module, "__file__", None), name.partition(".")[0]
+        if not file or not ((folder / top).is_dir() or (folder / f"{top}.py").exists()):
+            continue
+        places = Path(file).resolve().parents
+        depth = name.count(".") + (Path(file).stem == "__init__")  # how deep it lies in its folder
+        if places[depth] in OWN_FOLDERS and places[depth] != folder:
+            del sys.modules[name]
+    OWN_FOLDERS.append(folder)
+
+
 @cache  # a user's file is run once
 def find_builder(name):
     """The constructor that --model names: a key of models.MODELS, or FILE.py:NAME."""
@@ -786,10 +812,7 @@ def find_builder(name):
 
     with users_code(f"reading {file}"):
         folder = Path(file).resolve().parent
-        if folder != Path(__file__).resolve().parent:
-            for ours in ("bcq", "models", "run"):  # what lies beside their file wins for it
-                if (folder / ours).is_dir() or (folder / f"{ours}.py").exists():
-                    sys.modules.pop(ours, None)
+        make_way(folder)
         sys.path.insert(0, str(folder))
         spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         module = importlib.util.module_from_spec(spec)
@@ -803,6 +826,26 @@ def find_builder(name):
     if not callable(build):
         raise ValueError(f"--model {name}: {file} has no class or function {attribute}")
     return guard(build, f"building --model {name}")
+
+
+def seed_all(seed):
+    """Seeds what a network of the user's may draw from: torch, Python's random and numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+@contextmanager
+def drawn_from(seed):
+    """What is drawn for as long as this lasts is decided by the seed; afterwards all is as before."""
+    own, others = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        seed_all(seed)
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(others)
 
 
 def default_width(name):
@@ -828,22 +871,30 @@ def build_model(config, name, saved=None):
     hyperparam = {}
     for key in HYPERPARAM:
         value = getattr(config, key)
+        if value is None:
+            continue
         if key == "classes" and "num_classes" in takes:
             key = "num_classes"
-        if value is not None and (key in takes or takes_all):
+        default = takes[key].default if key in takes else None
+        if key == "act" and callable(default) and name not in models.MODELS:
+            continue  # it takes an activation, not the name of one
+        if key == "width" and type(default) is int and value == int(value):
+            value = int(value)
+        if key in takes or takes_all:
             hyperparam[key] = value
     if saved and saved["hyperparam"] != hyperparam:
         raise ValueError(f"{config.model} is not the network that this run began with")
 
-    torch.manual_seed(config.seed)
     bounds = nullcontext()
     if saved:  # by whoever wrote the file
         bounds = bcq.no_larger_than(saved["net"])
     try:
-        with bounds:
+        with bounds, drawn_from(config.seed):
             model = build(**hyperparam)
     except OverflowError:
         raise ValueError(f"{config.model}: far larger than the network that the run has") from None
+    except RuntimeError:  # of torch, where memory ends: users' networks raise InUsersCode
+        raise ValueError(f"--width {config.width}: the network does not fit in memory") from None
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise ValueError(f"--model {config.model}: gives a {kind}, not an nn.Module")
@@ -881,19 +932,24 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if not name and "bcq" in content and isinstance(config, dict):
         name = typed_code(path, config.get("model"), beside)
     if not isinstance(name, str):
-        raise ValueError(f"{path}: does not say of which model it is (for --checkpoint: --model)")
+        how = "a teacher is a file of run.py's" if beside else "for --checkpoint: --model"
+        raise ValueError(f"{path}: does not say of which model it is ({how})")
     build = find_builder(name)
     if beside and name not in models.MODELS:  # the file chose the NAME, and what it is called with
         own = inspect.unwrap(build).__module__ == Path(name.rpartition(":")[0]).stem
+        own = own or name == beside
         passed = content.get("hyperparam") or {}
         if not own or not isinstance(passed, dict) or passed.keys() - {*HYPERPARAM, "num_classes"}:
             raise ValueError(f"{path}: its network, {name}, is none that is defined in that file")
+        if content.get("code", code_digest(name)) != code_digest(name):
+            print(f"warning    {name} makes the network of {path}: its code has changed since")
     if "hyperparam" not in content:
         build = partial(build, **hyperparam)
     load = bcq.load_packed if packed else bcq.load_checkpoint
-    with torch.random.fork_rng(devices=[]):
-        if isinstance(config, dict) and is_number(config.get("seed"), 0, 2**63 - 1, (int,)):
-            torch.manual_seed(config["seed"])  # for what a constructor draws and no file holds
+    seed = 0
+    if isinstance(config, dict) and is_number(config.get("seed"), 0, 2**63 - 1, (int,)):
+        seed = config["seed"]
+    with drawn_from(seed):  # what a constructor draws and no file holds
         model, params, buffers, meta = load(path, build)
     refuse_nan(path, {**params, **buffers})
     numbers = {k: w for k, w in params.items() if k.rpartition(".")[2] in ("weight", "bias")}
@@ -996,7 +1052,7 @@ def is_zca(value):
 
 
 SAID = ("config", "accuracies", "dataset", "mode", "classes", "names", "mean", "std", "zca")
-SAID += ("train_images", "bits", "grids", "steps", "latent", "masks")  # beside the weights
+SAID += ("train_images", "code", "bits", "grids", "steps", "latent", "masks")  # beside the weights
 
 
 def check_meta(path, meta, params):
@@ -1025,6 +1081,8 @@ def is_right(key, meta, params):
             return isinstance(value, dict) and is_plain(value)
         case "dataset":
             return isinstance(value, str)
+        case "code":
+            return value is None or isinstance(value, str)
         case "mode":
             return value in METHODS
         case "classes" | "names":
@@ -1330,7 +1388,8 @@ def fit_teacher(teacher, config, data):
     names = teacher.meta.get("classes", data["classes"])
     if names != data["classes"]:
         why = f"was trained on other classes than those of {data['name']}"
-        raise ValueError(f"--teacher {teacher.source}: {why}: {', '.join(names[:3])}, ...")
+        why += f"; its first ones are {', '.join(names[:3])}"
+        raise ValueError(f"--teacher {teacher.source}: {why}")
     x = prepare(data["train_x"][:2], data)
     known = {key: teacher.meta[key] for key in PREPARED if key in teacher.meta}
     if known and not torch.equal(prepare(data["train_x"][:2], known), x):
@@ -1409,6 +1468,9 @@ def take_weights(net, params, buffers):
         if name in trained:
             why = f"{tuple(trained[name].shape)}, not {tuple(w.shape)}"
         if name not in trained or trained[name].shape != w.shape:
+            own = net.meta.get("hyperparam")
+            if own:
+                why += f"; the file's network was made with {own}, so give --model one that is"
             raise ValueError(f"{net.source}: does not fit the model: {name} is {why}")
     params = {name: trained[name].to(w.dtype) for name, w in params.items()}
     buffers = {name: net.buffers[name].to(b.dtype) for name, b in buffers.items()}
@@ -1667,7 +1729,7 @@ def make_step(job):
             own = generator(config.seed, "noise", epoch, i, device=device)
             noise = bcq.draw_noise(state["params"], job.methods, own)
         own = generator(config.seed, f"dropout {world.rank}", epoch, i, device=device)
-        torch.manual_seed(own.initial_seed())  # of the layers of a user's own model
+        seed_all(own.initial_seed())  # for the layers of a user's own model
 
         train_step = real_step if epoch < config.real_epochs else low_bit_step
         inputs = (state["params"], state["buffers"], state["opt_state"])
@@ -1696,7 +1758,7 @@ def train_epoch(job, step, state, noted):
     Raises ValueError where the loss, or a weight or a buffer at the end, is not finite.
     """
     every = 1 if job.device.type == "cpu" else 25  # asking a GPU for its losses makes it wait
-    hidden = not sys.stderr.isatty() or job.world.rank > 0
+    hidden = not (sys.stderr and sys.stderr.isatty()) or job.world.rank > 0
     pending = []
     with tqdm(total=job.steps, initial=state["step"], leave=False, disable=hidden) as bar:
         while state["step"] < job.steps:
@@ -1835,7 +1897,8 @@ def resume(args, folder, world):
     if source.code and "model" not in args.given:
         how = "type --model FILE.py:NAME too"
         raise ValueError(f"--resume {folder}: its network is code, {source.model}: {how}")
-    if code_digest(source.model) != source.code:
+    names = [model.rpartition(":")[2] for model in (source.model, saved["source"]["model"])]
+    if code_digest(source.model) != source.code or len(set(names)) > 1:
         why = "is not the code, or the network, that this run began with"
         raise ValueError(f"{source.model}: {why}: give that by --model FILE.py:NAME")
     job = prepare_job(Config(**saved["config"]), source, world, saved)
@@ -1877,7 +1940,8 @@ def own_folder(args, world):
     try:
         lock.acquire()
     except Timeout:
-        raise ValueError(f"{folder}: another run is at work there; give another --out") from None
+        how = "wait for its end" if args.resume else "give another --out"
+        raise ValueError(f"{folder}: another run is at work there; {how}") from None
     try:
         has_run = (folder / "last.pth").exists() or (folder / "model.pth").exists()
         if has_run and not args.resume:
@@ -1895,7 +1959,7 @@ def own_folder(args, world):
         lock.release()
 
 
-REPORTS = ("metrics.jsonl", "report.png", "result.json")  # in the order in which they are written
+REPORTS = ("metrics.jsonl", "result.json", "report.png")  # in the order in which they are written
 
 
 LIMITS = {"epochs": (1, 10**6), "batch_size": (1, 10**6), "classes": (2, 10**6), "val": (0, 10**9)}
@@ -2041,7 +2105,7 @@ def save_run(path, job, params, buffers, **meta):
     meta |= {key: job.data[key] for key in PREPARED if key in job.data}
     meta |= {"mode": job.config.mode, "config": dataclasses.asdict(job.config)}
     meta |= {"dataset": job.config.dataset, "classes": job.data["classes"]}
-    meta |= {"train_images": len(job.data["train_y"])}
+    meta |= {"train_images": len(job.data["train_y"]), "code": job.source.code}
     meta |= {"names": list(job.methods), "latent": {}}
     if job.methods:
         meta["latent"] = params
@@ -2126,12 +2190,12 @@ def finish(job, state, folder, expected):
     result |= {"train_seconds": round(state["seconds"], 1), "history": state["history"]}
     lines = [json.dumps(line) + "\n" for line in state["history"]]
     write_text(folder / "metrics.jsonl", "".join(lines))  # again: a kill may have come before it
-    draw_report(folder / "report.png", job, state)
     write_text(folder / "result.json", json.dumps(result, indent=1))
     words = f"after {duration(state['seconds'])} of training"
     if job.methods:
         words += f"; distinct weights: {distinct_values(path)}"
     print(f"test       accuracy {found['accuracy']:.4f} on {found['images']:,} images {words}")
+    draw_report(folder / "report.png", job, state)
     print(f"files      {folder}/: model.pth, result.json, metrics.jsonl, report.png")
     return expect(found["accuracy"], expected)
 
@@ -2262,7 +2326,8 @@ def draw_report(path, job, state):
         histogram.plot(middles, counts / counts.sum(), label=name, linewidth=1)
     histogram.set_title("latent weights by layer, shares")
     histogram.legend(fontsize=7, ncols=1 + len(names) // 12)
-    figure.suptitle(f"{config.mode}, {config.model} on {config.dataset}, seed {config.seed}")
+    title = f"{config.mode}, {config.model} on {config.dataset}, seed {config.seed}"
+    figure.suptitle(title).set_parse_math(False)  # a name may have a $
     save_figure(figure, path)
     pyplot.close(figure)
 
@@ -2288,8 +2353,10 @@ def open_checkpoint(args, fp32=False):
             data = first_classes(data, len(names))
         if names[: len(data["classes"])] != data["classes"]:
             why = f"was trained on other classes than those of {data['name']}"
-            raise ValueError(f"{net.source}: {why}: {', '.join(map(str, names[:3]))}, ...")
+            raise ValueError(f"{net.source}: {why}; its first ones are {', '.join(names[:3])}")
     known = {key: net.meta[key] for key in PREPARED if key in net.meta}
+    if known and {"mean", "std"} & args.given.keys():
+        raise ValueError(f"--mean, --std: {net.source} says itself how its images are prepared")
     if not known:  # a file of others
         known = {key: args.given[key] for key in ("mean", "std") if key in args.given}
         mean, std = ({**data, **known}[key] for key in ("mean", "std"))
@@ -2423,6 +2490,7 @@ def convert(args):
         kept += ["grids", "steps", "masks"]  # a packed network has them in its layers
     meta = {key: net.meta[key] for key in kept if key in net.meta}
     meta |= {"hyperparam": net.meta.get("hyperparam")}
+    meta = {key: data[key] for key in ("classes", *PREPARED) if key in data} | meta  # of others
     if path.suffix == ".bcq":
         bcq.save_packed(path, net.model, params, buffers, **meta)
     else:
@@ -2587,13 +2655,17 @@ def predict(args):
     net = load_network(args.checkpoint, device, args.given.get("model"))
     if "classes" not in net.meta or not net.meta.keys() & set(PREPARED):
         raise ValueError(f"{net.source}: does not say its classes, or how its images are prepared")
-    images = torch.stack([decode(path, resize=True) for path in args.images]).to(device)
-    x, classes = prepare(images, net.meta), net.meta["classes"]
-    net = fit_network(net, x, len(classes))
-    for path, probabilities in zip(args.images, net(x).softmax(1), strict=True):
-        best = probabilities.topk(min(3, len(classes)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        print(f"{path}: {', '.join(f'{classes[i]} {p:.3f}' for i, p in pairs)}")
+    classes, size = net.meta["classes"], 100
+    for i in range(0, len(args.images), size):
+        paths = args.images[i : i + size]
+        images = torch.stack([decode(path, resize=True) for path in paths]).to(device)
+        x = prepare(images, net.meta)
+        if i == 0:
+            net = fit_network(net, x, len(classes))
+        for path, probabilities in zip(paths, net(x).softmax(1), strict=True):
+            best = probabilities.topk(min(3, len(classes)))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            print(f"{path}: {', '.join(f'{classes[i]} {p:.3f}' for i, p in pairs)}")
     return 0
 
 
@@ -2650,8 +2722,12 @@ def run_cell(folder, flags):
     """Trains and exports a run of a sweep, but for what is done: (exit status, result)."""
     args = parse_arguments([*type_flags(flags), "--out", str(folder)])
     last, exported = folder / "last.pth", folder / f"model-{args.mode}.json"
-    if last.exists() and list(read_run(folder)["source"]["argv"])[:-2] != list(args.argv)[:-2]:
-        raise ValueError(f"{folder}: was run with other flags; give the sweep another --out")
+    if last.exists():
+        source = read_run(folder)["source"]
+        same_flags = list(source["argv"])[:-2] == list(args.argv)[:-2]
+        if not same_flags or source["code"] != locate(args).code:
+            why = "was run with other flags, or another network"
+            raise ValueError(f"{folder}: {why}; give the sweep another --out")
     if not exported.exists():
         status = 0
         if not last.exists():
@@ -2736,7 +2812,8 @@ def draw_sweep(path, rows):
             axes.annotate(row["name"], point, fontsize=8, **place)
         if dataset in THRESHOLDS:
             axes.axhline(100 * THRESHOLDS[dataset], color="gray", linestyle="--")
-        axes.set(xscale="log", xlabel=label, ylabel=f"test accuracy on {dataset}, %")
+        axes.set(xscale="log", xlabel=label)
+        axes.set_ylabel(f"test accuracy on {dataset}, %").set_parse_math(False)
         axes.margins(x=0.2, y=0.1)
     save_figure(figure, path)
     pyplot.close(figure)
@@ -2837,18 +2914,26 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", help="cifar10 (default), cifar100, shapes, or DIR with {train,test}/CLASS/*")
     add("--data-dir", help="where CIFAR is, or is downloaded to (default: data)")
-    add("--classes", type=number(int, 2), help="only the first so many classes")
+    add("--classes", type=number(int, *LIMITS["classes"]), help="only the first so many classes")
     add("--subset", type=subset, help="train on so many images; with a point, on that share")
-    add("--val", type=number(int, 0), help="images held out (default: 5000, at most a tenth)")
+    add(
+        "--val",
+        type=number(int, *LIMITS["val"]),
+        help="images held out (default: 5000, at most a tenth)",
+    )
 
     add = parser.add_argument_group("training (default: the preset's)").add_argument
     known = ", ".join(models.MODELS)
     add("--model", help=f"{known}, or FILE.py:NAME (default: fast; vgg_bc with --paper)")
     add("--width", type=number(float, 0.01), help="factor on the channels; for wrn the widening")
     add("--paper", action="store_true", help="the recipe of the BinaryConnect paper, 500 epochs")
-    add("--epochs", type=number(int, 1))
-    add("--real-epochs", type=number(int, 0), help="so many, at first, with real weights")
-    add("--batch-size", type=number(int, 1), help="of all processes together")
+    add("--epochs", type=number(int, *LIMITS["epochs"]))
+    add(
+        "--real-epochs",
+        type=number(int, *LIMITS["real_epochs"]),
+        help="so many, at first, with real weights",
+    )
+    add("--batch-size", type=number(int, *LIMITS["batch_size"]), help="of all processes together")
     add("--optimizer", choices=OPTIMIZERS)
     add("--lr", type=number(float, 0), help="the highest learning rate")
     add(
@@ -2866,8 +2951,12 @@ def build_parser():
     add("--init", help="start from the network in this file; images are prepared as for it")
     add("--teacher", help="learn from the network in this file, too; likewise")
     add("--mix", choices=["mixup", "cutmix"], help="mix the images of a batch")
-    add("--prune", type=number(float, 0, 0.99), help="keep this share of the weights at zero")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="default: 0")
+    add(
+        "--prune",
+        type=number(float, *LIMITS["prune"]),
+        help="keep this share of the weights at zero",
+    )
+    add("--seed", type=number(int, *LIMITS["seed"]), help="default: 0")
     add("--compile", action="store_true", help="the training step as one graph, by torch.compile")
     add("--resume", metavar="DIR", help="go on with the run in this folder, as it was begun")
 
@@ -2883,7 +2972,7 @@ def build_parser():
     add("--fit", choices=["min-mse", "min-max"], help="of static inputs (default: min-mse)")
     add("--expect", type=number(float, 0, 1), help="exit with 1 where the test accuracy is below")
     add("--device", help="cpu, cuda:1, mps, ... (default: torch.accelerator's, or cpu)")
-    add("--threads", type=number(int, 1, 1024), help="of the CPU (default: its cores)")
+    add("--threads", type=number(int, *LIMITS["threads"]), help="of the CPU (default: its cores)")
     return parser
 
 

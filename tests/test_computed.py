@@ -270,7 +270,9 @@ def test_a_run_in_bfloat16_computes_in_bfloat16():
     assert 1e-5 < abs(losses[0] - losses[1]) < 0.05 * losses[0]
 
 
-def test_a_whitened_network_is_tested_on_whitened_images(fp32_run, tmp_path, monkeypatch):
+def test_images_are_tested_on_as_they_are_and_whitened_for_a_whitened_network(
+    fp32_run, tmp_path, monkeypatch
+):
     zca = torch.zeros(3072), 0.1 * torch.eye(3072)
     path, seen = rewritten(fp32_run, tmp_path / "model.pth", zca=zca), []
     evaluate = bcq.evaluate

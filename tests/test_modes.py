@@ -305,7 +305,9 @@ def test_a_packed_file_with_a_scale_that_is_no_number_is_refused(tmp_path):
     params, buffers = bcq.split(model)
     packed = bcq.pack(params, {"convs.1.weight": 4})
     packed["convs.1.weight"].scale[0] = float("nan")
-    bcq.save_packed(tmp_path / "nan.bcq", model, packed, buffers, {"width": 0.125})
+    with pytest.MonkeyPatch.context() as patch:  # save_packed would refuse it
+        patch.setattr(bcq, "check_parts", lambda name, value: None)
+        bcq.save_packed(tmp_path / "nan.bcq", model, packed, buffers, {"width": 0.125})
     words = ["--model", "fast", "--dataset", "shapes"]
     result = call("--mode", "eval", "--checkpoint", tmp_path / "nan.bcq", *words)
     assert_refused(result, "nan.bcq: ", "scale or shift of convs.1.weight: not finite")

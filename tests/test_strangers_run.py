@@ -1,11 +1,12 @@
 """Networks, files and pictures of strangers on the command line, and bits by layer."""
 
 import json
+import random
 import sys
 
 import pytest
 import torch
-from helpers import TINY, assert_refused, call, succeed
+from helpers import DRAW_REPORT, TINY, assert_refused, call, image_tree, succeed
 from PIL import Image
 from torch import nn
 
@@ -329,8 +330,6 @@ def test_a_model_of_a_sweep_that_is_not_there_is_told_before_the_first_training(
 
 
 def test_a_users_file_with_the_name_of_a_library_takes_nobodys_place(tmp_path):
-    import random
-
     (tmp_path / "random.py").write_text(VIEWS)
     words = ["--model", f"{tmp_path}/random.py:Net", "--epochs", 1, "--out", tmp_path / "run"]
     succeed("--mode", "bc", *TINY, *words)
@@ -508,3 +507,201 @@ def test_two_runs_of_a_sweep_never_share_a_name():
     words = ["mode=lsq", "w-bits=*.0=4,?.0=4"]
     assert len(run.make_cells(words, {})) == 2
     assert len(run.make_cells(["model=a/net.py:Net,a_net.py:Net"], {})) == 2
+
+
+# --- code of two folders, and code that changed ---
+
+
+def two_networks(folder, filters=4, act="relu"):
+    """A file with two networks, which takes its number of filters from another beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "blocks.py").write_text(f"FILTERS = {filters}\n")
+    code = HEAD + "from blocks import FILTERS\n" + BODY.replace("EXTRA", "pass")
+    code = code.replace("(3, 4, 3, 4)", "(3, FILTERS, 3, 4)").replace(
+        "BatchNorm2d(4)", "BatchNorm2d(FILTERS)"
+    )
+    code = code.replace("256", "64 * FILTERS").replace("torch.relu", f"torch.{act}")
+    code = code.replace("WEIGHTED", "self.conv(x)")
+    other = (
+        "\nclass Other(Net):\n    def forward(self, x):\n        return 2 * super().forward(x)\n"
+    )
+    (folder / "net.py").write_text(code + other)
+    return f"{folder}/net.py:Net"
+
+
+def test_a_run_goes_on_with_no_other_network_of_its_file(tmp_path):
+    model, out = two_networks(tmp_path / "a"), tmp_path / "run"
+    succeed(*TINY, "--model", model, "--epochs", 1, "--out", out)
+    (out / "result.json").unlink()
+    other = model.replace(":Net", ":Other")
+    assert_refused(
+        call("--resume", out, "--model", other), "not the code, or the network, that this"
+    )
+    succeed("--resume", out, "--model", model)
+
+
+def test_each_file_imports_what_lies_beside_it(tmp_path):
+    first, second = two_networks(tmp_path / "a", 4), two_networks(tmp_path / "b", 6)
+    words = ["--mode", "sweep", f"model={first},{second}", *TINY[:2], *TINY[4:], "--epochs", 1]
+    succeed(*words, "--out", tmp_path / "sweep")
+    found = []
+    for path in (tmp_path / "sweep").glob("*/model.pth"):
+        found.append(len(bcq.read_checkpoint(path)["net"]["conv.weight"]))
+    assert sorted(found) == [4, 6]
+
+
+def test_a_sweep_says_that_a_network_was_edited_since(tmp_path):
+    model = two_networks(tmp_path / "a")
+    words = ["--mode", "sweep", "mode=bc", *TINY, "--model", model, "--epochs", 1]
+    words += ["--out", tmp_path / "sweep"]
+    succeed(*words)
+    two_networks(tmp_path / "a", act="tanh")
+    assert_refused(call(*words), "was run with other flags, or another network")
+
+
+def test_a_teacher_whose_code_has_changed_is_warned_of(tmp_path):
+    first, second = two_networks(tmp_path / "a"), two_networks(tmp_path / "b", act="tanh")
+    words = [*TINY, "--epochs", 1]
+    succeed(*words, "--model", first, "--out", tmp_path / "teacher")
+    teacher = ["--teacher", tmp_path / "teacher" / "model.pth"]
+    for model, changed in ((first, False), (second, True)):
+        printed = succeed(*words, "--model", model, *teacher, "--out", tmp_path / f"{changed}")
+        assert ("its code has changed since" in printed) == changed
+
+
+def test_a_function_that_was_typed_is_a_teachers_too(tmp_path):
+    two_networks(tmp_path / "a")
+    with open(tmp_path / "a" / "net.py", "a") as file:
+        file.write("import functools\nPart = functools.partial(Net)\n")
+    words = [*TINY, "--model", f"{tmp_path}/a/net.py:Part", "--epochs", 1, "--out"]
+    succeed(*words, tmp_path / "run")
+    succeed(*words, tmp_path / "taught", "--teacher", tmp_path / "run" / "model.pth")
+
+
+# --- what a network is given, and draws ---
+
+
+def test_what_a_constructor_draws_by_python_and_numpy_is_drawn_again_alike(tmp_path):
+    extra = (
+        "import random, numpy; self.noise = torch.tensor([random.random(), numpy.random.rand()])"
+    )
+    words = own_network(tmp_path, "self.conv(x) + self.noise.sum()", extra)
+    succeed(*TINY, *words, "--epochs", 1, "--out", tmp_path / "run")
+    random.seed(7)
+    expected = random.random()
+    random.seed(7)
+    nets = [run.load_network(tmp_path / "run" / "model.pth", "cpu", words[1]) for _ in range(2)]
+    job = run.prepare_job(*prepared([*TINY, *words]))
+    assert torch.equal(nets[0].model.noise, nets[1].model.noise)
+    assert torch.equal(nets[0].model.noise, job.model.noise)
+    assert random.random() == expected  # the caller's numbers go on as before
+
+
+def test_a_width_that_is_whole_is_whole_for_a_network_that_counts_channels_by_it(tmp_path):
+    code = HEAD + BODY.replace("EXTRA", "pass").replace("WEIGHTED", "self.conv(x)")
+    code = code.replace("classes=10", "classes=10, width=4, act=torch.relu")
+    code = (
+        code.replace("(3, 4, 3, 4)", "(3, width, 3, 4)")
+        .replace("(4)", "(width)")
+        .replace("256", "64 * width")
+    )
+    (tmp_path / "net.py").write_text(code)
+    words = [*TINY[:2], *TINY[4:], "--model", f"{tmp_path}/net.py:Net", "--width", 6, "--epochs", 1]
+    succeed("--mode", "bc", *words, "--out", tmp_path / "run")
+    content = bcq.read_checkpoint(tmp_path / "run" / "model.pth")
+    assert content["hyperparam"] == {"classes": 10, "width": 6}
+    args = run.parse_arguments(["--mode", "xnor", *map(str, words)])
+    _, given = run.build_model(run.configure(args), f"{tmp_path}/net.py:Net")
+    assert given == {"width": 6}
+
+
+def test_a_network_that_does_not_fit_in_memory_is_refused_in_a_sentence():
+    words = [*TINY[:2], *TINY[4:], "--width", "1e7"]
+    assert_refused(
+        call("--mode", "bc", *words), "--width 10000000.0: the network does not fit in memory"
+    )
+
+
+def test_an_init_made_by_other_hyperparam_says_so(tmp_path):
+    words = own_network(tmp_path)
+    net = {"out.weight": torch.zeros(7, 256), "out.bias": torch.zeros(7)}
+    net = {**run.find_builder(words[1])().state_dict(), **net}
+    bcq.save_checkpoint(tmp_path / "a.pth", net, {"classes": 7})
+    result = call(*TINY, *words, "--init", tmp_path / "a.pth")
+    assert_refused(result, "made with {'classes': 7}, so give --model one that is")
+
+
+def test_the_normalisation_of_a_file_of_others_goes_into_its_export(views, tmp_path):
+    model = run.find_builder(views)()
+    torch.save({"net": model.state_dict(), "hyperparam": {}}, tmp_path / "a.pth")
+    words = ["--mode", "export", "--checkpoint", tmp_path / "a.pth", "--model", views]
+    own = ["--mean", "0,0,0", "--std", "0.1,0.2,0.3"]
+    succeed(*words, "--dataset", "shapes", *own)
+    meta = bcq.read_checkpoint(tmp_path / "a.bcq")
+    assert (list(meta["mean"]), list(meta["std"])) == ([0, 0, 0], [0.1, 0.2, 0.3])
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    words = ["--checkpoint", tmp_path / "a.bcq", "--model", views]
+    assert "a.png: " in succeed("--mode", "predict", *words, tmp_path / "a.png")
+    refused = call("--mode", "eval", *words, "--dataset", "shapes", *own)
+    assert_refused(refused, "says itself how its images are prepared")
+
+
+def test_images_by_the_hundred_are_classified_in_parts(bc_run, tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    sizes, prepare = [], run.prepare
+
+    def spy(x, data):
+        sizes.append(len(x))
+        return prepare(x, data)
+
+    monkeypatch.setattr(run, "prepare", spy)
+    words = ["--mode", "predict", "--checkpoint", bc_run[0] / "model.pth"]
+    printed = succeed(*words, *[tmp_path / "a.png"] * 250)
+    assert sizes == [100, 100, 50] and len(set(printed.splitlines())) == 1
+
+
+# --- names and machines ---
+
+
+def test_a_data_set_whose_name_has_signs_of_formulas_is_trained_on_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "draw_report", DRAW_REPORT)
+    root = image_tree(tmp_path / "$x_y^^$", ["a", "b"], 20)
+    words = [*own_network(tmp_path), "--dataset", root, "--batch-size", 10, "--epochs", 1]
+    succeed("--mode", "bc", *words, "--threads", 1, "--out", tmp_path / "run")
+    assert Image.open(tmp_path / "run" / "report.png").size[0] > 500
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
+    def fail(path, job, state):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(run, "draw_report", fail)
+    result = call(*TINY, "--epochs", 1, "--out", tmp_path / "run")
+    assert result.returncode == 2 and "test       accuracy" in result.stdout
+    assert "test_accuracy" in json.loads((tmp_path / "run" / "result.json").read_text())
+
+
+def test_a_run_needs_no_stderr(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    words = [str(word) for word in (*TINY, "--epochs", 1, "--out", tmp_path / "run")]
+    assert run.main(words) == 0
+
+
+def test_a_number_that_starts_a_run_is_one_that_it_goes_on_with():
+    assert_refused(call(*TINY, "--epochs", 10**6 + 1), "from 1 to 1000000")
+    assert_refused(call(*TINY, "--batch-size", 10**6 + 1), "from 1 to 1000000")
+
+
+def test_a_text_file_is_no_python_object(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert_refused(
+        call("--mode", "eval", "--checkpoint", tmp_path / "a.json"), "damaged, or not one"
+    )
+
+
+def test_a_gif_in_a_folder_is_not_left_out_without_a_word(tmp_path):
+    root = image_tree(tmp_path / "data", ["a", "b"], 4)
+    path = root / "train" / "a" / "more.GIF"
+    Image.new("P", (32, 32)).save(path)
+    with pytest.raises(ValueError, match="more.GIF: P of 32x32, expected RGB"):
+        run.load_data(str(root), ".")

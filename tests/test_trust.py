@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -799,3 +800,19 @@ def test_a_picture_of_many_pixels_in_few_bytes_is_refused():
     Image.new("1", (9000, 9000)).save("a.png")
     with pytest.raises(ValueError, match="a.png: not an image that can be read .1 of 9000x9000"):
         run.decode("a.png", True)
+
+
+def test_a_file_is_whole_on_the_disk_before_it_gets_its_name_and_the_name_is_synced_too(
+    tmp_path, monkeypatch
+):
+    synced, fsync = [], os.fsync
+
+    def spy(fd):
+        found = os.fstat(fd)
+        kind = "folder" if stat.S_ISDIR(found.st_mode) else found.st_size
+        synced.append((kind, (tmp_path / "a").exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    bcq.write_file(tmp_path / "a", b"x" * 1000)
+    assert synced == [(1000, False), ("folder", True)]
