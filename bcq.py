@@ -1770,8 +1770,8 @@ def are_the_same(model, network, other, x, share=1e-3):
 def save_packed(path, model, packed, buffers, hyperparam, **meta):
     """Writes a deployed network, as pack makes it, each weight in its own bits; atomic and sealed.
 
-    The other arguments are save_checkpoint's. Raises OSError if it cannot be written, ValueError for
-    what could not be read again.
+    The other arguments are save_checkpoint's. Raises OSError if it cannot be written, and
+    ValueError for what could not be read again.
     """
     blob, index = [], {}
 
@@ -2179,7 +2179,7 @@ def check_content(path, content, size):
             where = (value.data_ptr(), value.shape, value.stride(), value.dtype)
             bytes_held = value.numel() * value.element_size()
             if where in seen:  # one more name of the same, as of a layer that stands in many places
-                bytes_held //= 64
+                bytes_held //= 8
             seen.add(where)
             total += bytes_held
         elif isinstance(value, dict):

@@ -837,7 +837,7 @@ def seed_all(seed):
 
 @contextmanager
 def drawn_from(seed):
-    """What is drawn for as long as this lasts is decided by the seed; afterwards all is as before."""
+    """As long as this lasts the seed decides what is drawn; afterwards all is as it was."""
     own, others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         seed_all(seed)
@@ -875,8 +875,11 @@ def build_model(config, name, saved=None):
             continue
         if key == "classes" and "num_classes" in takes:
             key = "num_classes"
-        default = takes[key].default if key in takes else None
-        if key == "act" and callable(default) and name not in models.MODELS:
+        default = inspect.Parameter.empty
+        if key in takes:
+            default = takes[key].default
+        no_name = callable(default) and default is not inspect.Parameter.empty
+        if key == "act" and no_name and name not in models.MODELS:
             continue  # it takes an activation, not the name of one
         if key == "width" and type(default) is int and value == int(value):
             value = int(value)
@@ -932,7 +935,9 @@ def load_network(path, device, name=None, fp32=False, beside=None, **hyperparam)
     if not name and "bcq" in content and isinstance(config, dict):
         name = typed_code(path, config.get("model"), beside)
     if not isinstance(name, str):
-        how = "a teacher is a file of run.py's" if beside else "for --checkpoint: --model"
+        how = "for --checkpoint: --model"
+        if beside:
+            how = "a teacher is a file of run.py's"
         raise ValueError(f"{path}: does not say of which model it is ({how})")
     build = find_builder(name)
     if beside and name not in models.MODELS:  # the file chose the NAME, and what it is called with
@@ -1940,7 +1945,9 @@ def own_folder(args, world):
     try:
         lock.acquire()
     except Timeout:
-        how = "wait for its end" if args.resume else "give another --out"
+        how = "give another --out"
+        if args.resume:
+            how = "wait for its end"
         raise ValueError(f"{folder}: another run is at work there; {how}") from None
     try:
         has_run = (folder / "last.pth").exists() or (folder / "model.pth").exists()
