@@ -616,9 +616,9 @@ def test_a_width_that_is_whole_is_whole_for_a_network_that_counts_channels_by_it
 
 
 def test_a_network_that_does_not_fit_in_memory_is_refused_in_a_sentence():
-    words = [*TINY[:2], *TINY[4:], "--width", "1e7"]
+    words = [*TINY[:2], *TINY[4:], "--width", "1e12"]  # its first tensor is too large
     assert_refused(
-        call("--mode", "bc", *words), "--width 10000000.0: the network does not fit in memory"
+        call("--mode", "bc", *words), "--width 1000000000000.0: the network does not fit in memory"
     )
 
 
