@@ -20,9 +20,8 @@ Part one, BinaryConnect          Part two, its family; small and integer for rea
 Functions return what they change; only BC keeps a state and works in place, and a Packed keeps what
 it unpacked. Random numbers come from a generator that the caller passes; some_values and deploy
 draw the same ones each time. params has the names of model.named_parameters(), buffers those of
-model.named_buffers(). "The paper" is Courbariaux, Bengio
-and David 2015, "BinaryConnect", arXiv:1511.00363; the lab is the one on quantization in the course
-that the README names.
+model.named_buffers(). "The paper" is Courbariaux, Bengio and David 2015, "BinaryConnect",
+arXiv:1511.00363; the lab is the one on quantization in the course that the README names.
 """
 
 import contextlib
@@ -671,6 +670,13 @@ def is_float(value):
     return torch.is_tensor(value) and value.is_floating_point()
 
 
+def cast(t, dtype):
+    """A tensor in dtype, if it is a floating one."""
+    if t.is_floating_point():
+        return t.to(dtype)
+    return t
+
+
 def to_dtype(tensors, dtype):
     """A dict of params or buffers with its floating tensors in dtype, as model.half() has them.
 
@@ -692,13 +698,8 @@ def to_dtype(tensors, dtype):
 def cast_forward(dtype):
     """A forward to pass in place of apply, for params and buffers in dtype: it casts the inputs."""
 
-    def cast(t):
-        if t.is_floating_point():
-            return t.to(dtype)
-        return t
-
     def forward(model, params, buffers, x, train=False):
-        x = tree_map_only(torch.Tensor, cast, x)
+        x = tree_map_only(torch.Tensor, functools.partial(cast, dtype=dtype), x)
         logits, buffers = apply(model, params, buffers, x, train)
         return tree_map_only(torch.Tensor, torch.Tensor.float, logits), buffers
 
@@ -2536,11 +2537,6 @@ def count_operations(model, params, buffers, x):
 
         return watch
 
-    def to_float32(t):
-        if t.is_floating_point():
-            return t.float()
-        return t
-
     watched, weights = {}, {}
     for name, w in params.items():
         watched[name] = w
@@ -2549,12 +2545,14 @@ def count_operations(model, params, buffers, x):
         plain = w
         if isinstance(w, OwnLayer):
             plain = w.dequantize()
-        plain = to_float32(plain.detach()).clone()  # in a place of its own, which says its name
+        plain = cast(
+            plain.detach(), torch.float32
+        ).clone()  # in a place of its own, which says its name
         weights[name] = watched[name] = plain
         if plain.ndim > 1:
             watched[name] = QuantizedInput(plain, watcher(name))
     buffers = to_dtype(buffers, torch.float32)
-    x = tree_map_only(torch.Tensor, to_float32, x)
+    x = tree_map_only(torch.Tensor, functools.partial(cast, dtype=torch.float32), x)
     counter = OperationCounter(weights)
     # MATH: attention as the products that it is made of, not as one operation
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:

@@ -43,7 +43,7 @@ class Kind(enum.Enum):
 
 UNREADABLE = {
     "a million numbers": [0.5] * 1_100_000,
-    "one tensor many times": dict.fromkeys(map(str, range(800)), torch.zeros(10**6)),
+    "one tensor many times": dict.fromkeys(map(str, range(100)), torch.zeros(10**6)),
     "a view larger than what it shows": torch.zeros(1).expand(10**7),
     "a sparse tensor": torch.eye(3).to_sparse(),
     "a key that is an object": {Kind.ODD: 1},
