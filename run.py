@@ -901,6 +901,9 @@ def build_model(config, name, saved=None):
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise ValueError(f"--model {config.model}: gives a {kind}, not an nn.Module")
+    if isinstance(model, (torch.jit.ScriptModule, nn.DataParallel)):
+        kind = type(model).__name__
+        raise ValueError(f"--model {config.model}: gives a {kind}; give the plain module inside")
     return model, hyperparam
 
 
@@ -1412,10 +1415,11 @@ def begin(config, data, model, init):
     masks = {}
     if init:
         params, buffers, masks = take_weights(init, params, buffers)
-    inner = config.mode != "xnor"  # which leaves the first and the last layer in full precision
     names = []
     if config.mode != "fp32" or config.prune or masks:
-        names = bcq.quantizable(model, first=inner, last=inner)
+        names = name_layers(config, model, params, buffers, prepare(data["train_x"][:2], data))
+    if config.mode == "xnor":  # which leaves the first and the last layer in full precision
+        names = names[1:-1]
     if not names and config.mode != "fp32":
         raise ValueError(f"--mode {config.mode}: no layer stands between the first and the last")
     if config.prune:
@@ -1480,6 +1484,29 @@ def take_weights(net, params, buffers):
     params = {name: trained[name].to(w.dtype) for name, w in params.items()}
     buffers = {name: net.buffers[name].to(b.dtype) for name, b in buffers.items()}
     return params, buffers, net.meta.get("masks", {})  # what was pruned stays pruned
+
+
+def name_layers(config, model, params, buffers, x):
+    """The quantizable weights, that of the layer called first for images x first, of the last last.
+
+    A network may define its head before its body.
+    """
+    names, called = bcq.quantizable(model), []
+
+    def watcher(name):
+        def watch(x):
+            called.append(name)
+            return x
+
+        return watch
+
+    watched = {name: bcq.QuantizedInput(params[name], watcher(name)) for name in names}
+    with users_code(f"running --model {config.model}"), torch.no_grad():
+        bcq.apply(model, {**params, **watched}, buffers, x)
+    if not called:  # layers inside attention are not seen
+        return names
+    inner = [name for name in names if name not in (called[0], called[-1])]
+    return list(dict.fromkeys([called[0], *inner, called[-1]]))
 
 
 def spread_bits(names, text, ends=None):
@@ -1547,7 +1574,7 @@ def warn_of_logits(config, model, names):
     if last not in bcq.fold_pairs(model).values():
         print(
             f"warning    no batch norm was found right behind the last layer, {last}: its +-1 "
-            "weights give logits far too large; put a BatchNorm1d behind it"
+            "weights give logits far too large; put a BatchNorm1d behind it, or take --mode bwn"
         )
 
 
@@ -2183,7 +2210,7 @@ def run_epochs(job, state, folder, expected=None):
 
 
 def finish(job, state, folder, expected):
-    """Writes model.pth, tests that very file, once, and reports: the exit status."""
+    """Writes model.pth, tests it, once, notes its accuracy in it, and reports: the exit status."""
     path, config = folder / "model.pth", job.config
     accuracies = {key: state["history"][-1].get(key) for key in ("train_accuracy", "val_accuracy")}
     save_run(path, job, state["params"], state["buffers"], accuracies=accuracies)
@@ -2371,6 +2398,12 @@ def open_checkpoint(args, fp32=False):
     if net.meta.get("hyperparam") is None:
         print(f"model      {net.name}, built by its defaults, since the file has no hyperparam")
     data |= known
+    try:
+        return fit_to_data(net, data), data, device
+    except InUsersCode:
+        if not fp32:
+            raise
+    net = load_network(args.checkpoint, device, args.given.get("model"))  # that casts its images
     return fit_to_data(net, data), data, device
 
 
@@ -2486,6 +2519,11 @@ def convert(args):
         path = Path(f"{stem}-{name}.bcq")
     else:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+        for key, w in net.params.items():
+            if w.is_complex():
+                raise ValueError(
+                    f"{net.source}: {key} is complex, which {args.dtype} does not hold"
+                )
         params, buffers = bcq.to_dtype(net.params, dtype), bcq.to_dtype(net.buffers, dtype)
         path = Path(f"{stem}-{name}.pth")
     if path.resolve() == Path(net.source).resolve():
@@ -2515,7 +2553,8 @@ def convert(args):
     result |= {"method": name, "dtype": name, "test_accuracy": now["accuracy"]}
     result |= {"seconds_1": now["seconds_1"], "seconds_256": now["seconds_256"]}
     result |= {f"fp32_{key}": value for key, value in before.items()}
-    result |= {"val_accuracy": net.meta.get("accuracies", {}).get("val_accuracy")}
+    trained = "val_accuracy" if args.mode == "export" else "fp32_val_accuracy"  # of which network
+    result |= {trained: net.meta.get("accuracies", {}).get("val_accuracy")}
     result |= {"predictions_changed": changed}
     write_text(Path(f"{stem}-{name}.json"), json.dumps(result, indent=1))
     return expect(now["accuracy"], args.expect)
@@ -2775,11 +2814,12 @@ def print_sweep(rows):
     """The table of a sweep, in the order of validation, as the test set is to choose nothing."""
 
     def validation(row):
-        return row["val_accuracy"] or 0.0  # 0 without validation images
+        return -1.0 if row["val_accuracy"] is None else row["val_accuracy"]
 
     print(f"{'':28} {'val':>9} {'test':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
     for row in sorted(rows, key=validation, reverse=True):
-        words = f"{row['name']:28} {validation(row):9.4f} {row['test_accuracy']:9.4f}"
+        held_out = "none" if row["val_accuracy"] is None else f"{row['val_accuracy']:.4f}"
+        words = f"{row['name']:28} {held_out:>9} {row['test_accuracy']:9.4f}"
         course, micronet = row.get("course_score", math.nan), row.get("micronet_score", math.nan)
         scores = f"{course:9.5f} {micronet:9.5f}"
         if is_eligible(row["dataset"], row["classes"], row["test_accuracy"]) is False:
@@ -2798,7 +2838,7 @@ def pareto_front(points):
 
 
 def draw_sweep(path, rows):
-    """Draws accuracy against the file's size and against each score, with Pareto fronts."""
+    """Draws test accuracy against the file's size and each score, with the Pareto fronts by it."""
     pyplot = import_pyplot()
     figure, panels = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     labels = ("file, bytes", "course score", "MicroNet score")
@@ -2810,7 +2850,8 @@ def draw_sweep(path, rows):
             continue
         points = [(row[key], 100 * row["test_accuracy"]) for row in rows]
         front = pareto_front(points)
-        axes.plot(*zip(*front, strict=True), color="C1", drawstyle="steps-post")
+        line = {"color": "C1", "drawstyle": "steps-post", "label": "best by test accuracy"}
+        axes.plot(*zip(*front, strict=True), **line)
         axes.scatter(*zip(*points, strict=True), zorder=2)
         for i, (row, point) in enumerate(zip(rows, points, strict=True)):
             place = {"xytext": (5, 4), "textcoords": "offset points"}
@@ -2822,6 +2863,7 @@ def draw_sweep(path, rows):
         axes.set(xscale="log", xlabel=label)
         axes.set_ylabel(f"test accuracy on {dataset}, %").set_parse_math(False)
         axes.margins(x=0.2, y=0.1)
+        axes.legend(loc="lower right")
     save_figure(figure, path)
     pyplot.close(figure)
 

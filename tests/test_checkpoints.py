@@ -154,6 +154,33 @@ def test_a_bare_state_dict_is_read(tmp_path, small):
     assert same(params, dict(small.named_parameters())) and meta == {}
 
 
+class CalledNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Parameter(torch.randn(3))
+
+
+def test_a_parameter_and_a_word_that_are_called_net_are_not_taken_for_the_network(tmp_path):
+    model = CalledNet()
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    content = {"net": "the best", "state_dict": model.state_dict()}
+    torch.save(content, tmp_path / "word.pth")
+    _, plain, _, _ = bcq.load_checkpoint(tmp_path / "plain.pth", CalledNet)
+    with pytest.warns(UserWarning, match="its 'state_dict' is read, not its 'net'"):
+        _, other, _, _ = bcq.load_checkpoint(tmp_path / "word.pth", CalledNet)
+    assert torch.equal(plain["net"], model.net) and torch.equal(other["net"], model.net)
+
+
+def test_a_lazy_network_without_shapes_is_refused_with_what_to_do(tmp_path):
+    ready = nn.Sequential(nn.LazyLinear(3))
+    ready(torch.randn(2, 4))
+    torch.save(ready.state_dict(), tmp_path / "lazy.pth")
+    with pytest.raises(ValueError, match="0.weight has no shape yet: call"):
+        bcq.load_checkpoint(tmp_path / "lazy.pth", lambda: nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(ValueError, match="0.weight has no shape yet: call"):
+        bcq.split(nn.Sequential(nn.LazyLinear(3)))
+
+
 def test_exactly_the_keys_that_do_not_fit_are_named(tmp_path, small):
     net = dict(small.state_dict())
     net["extra.weight"] = net.pop("out.bias")

@@ -305,6 +305,18 @@ def test_inputs_with_a_nan_have_no_range_of_their_own():
         bcq.apply(layer, packed_layer(layer, 8, (8, 0), None), {}, x)
 
 
+@pytest.mark.parametrize("grid, scale", [((8, 3), 0.1), ((4, 0), 0.1), ((1, 1), None)])
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, padding=1), nn.Linear(4, 6)])
+def test_a_nan_in_an_input_is_refused_and_does_not_become_a_number(layer, grid, scale):
+    x = torch.randn(40, 4, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(40, 4)
+    packed = packed_layer(layer, 8, grid, scale)
+    x.flatten()[-1] = torch.inf  # the code at its end
+    assert bcq.apply(layer, packed, {}, x)[0].isfinite().all()
+    x.flatten()[-1] = torch.nan
+    with pytest.raises(ValueError, match="NaN in the inputs of a layer"):
+        bcq.apply(layer, packed, {}, x)
+
+
 def test_dynamic_inputs_use_the_range_of_each_batch():
     layer = nn.Linear(16, 9)
     packed = packed_layer(layer, 8, (8, 0), None)

@@ -44,6 +44,8 @@ def test_ptq_to_half_precision_shows_accuracy_size_and_latency_before_and_after(
     result = read_json(tmp_path / "model-fp16.json")
     assert result["kind"] == "ptq" and result["mode"] == "bc" and result["a_bits"] == 16
     assert result["test_accuracy"] == pytest.approx(float(after[1]), abs=1e-4)
+    trained = read_json(bc_run[0] / "result.json")["val_accuracy"]  # of another network than this
+    assert "val_accuracy" not in result and result["fp32_val_accuracy"] == trained
     assert result["file_bytes"] == os.path.getsize(tmp_path / "model-fp16.pth")
     assert result["file_bytes"] < result["fp32_file_bytes"]
     assert result["seconds_256"] > result["seconds_1"] > 0
@@ -474,6 +476,7 @@ def test_a_sweep_is_listed_in_the_order_of_validation_whatever_the_test_set_says
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert [line[0] for line in lines] == ["c", "a", "b"]
     assert lines[0][1:3] == ["0.6000", "0.7000"]
+    assert lines[2][1:3] == ["none", "0.8000"]  # without validation images, and not 0
 
 
 def test_a_sweep_is_drawn_as_accuracy_against_size_and_scores(tmp_path):

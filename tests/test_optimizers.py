@@ -261,6 +261,7 @@ def test_without_momentum_one_infinite_gradient_is_no_nan_for_ever():
         theirs.step()
         p.data.clamp_(-1, 1)
     assert torch.equal(params["p"], p.data) and p.isfinite().all()
+    assert state == {}  # nothing is kept
 
 
 def test_names_may_come_one_by_one(small):

@@ -98,6 +98,27 @@ def test_a_weight_that_is_no_number_is_not_packed(bits, more):
         bcq.pack({"w": torch.tensor([[float("nan"), 1.0]]), **more}, {"w": bits})
 
 
+@pytest.mark.parametrize("w", [torch.ones(3), torch.ones(()), torch.ones(2, 2).to(torch.complex64)])
+@pytest.mark.parametrize("bits", [1, 8])
+def test_what_has_no_filters_of_real_weights_is_not_packed(w, bits):
+    with pytest.raises(ValueError, match="w: .*only real weights of filters"):
+        bcq.pack({"w": w}, {"w": bits})
+
+
+@pytest.mark.parametrize("step", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["weight:step_size", "weight:input_step_size"])
+def test_a_step_size_of_zero_or_no_number_is_refused(step, key):
+    params = {"weight": torch.randn(3, 4), key: torch.tensor(step)}
+    with pytest.raises(ValueError, match=key):
+        bcq.pack(params, {"weight": 8}, {"weight": (8, 0)})
+
+
+def test_an_input_has_no_step_size_below_zero():
+    params = {"weight": torch.randn(3, 4), "weight:input_step_size": torch.tensor(-0.1)}
+    with pytest.raises(ValueError, match="input_step_size: -0.1"):
+        bcq.pack(params, {"weight": 8}, {"weight": (8, 0)})
+
+
 @pytest.mark.parametrize("bits, inputs", [(0, 8), (12, 8), (8, 10), (8, 0)])
 def test_bits_that_a_byte_does_not_hold_are_refused(bits, inputs, small):
     params, _ = bcq.split(small)

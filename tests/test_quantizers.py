@@ -172,6 +172,8 @@ def test_a_weight_that_is_computed_from_others_is_an_error_and_no_layer_silently
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="weight of 1 is no parameter"):
         bcq.quantizable(nn.Sequential(nn.Linear(3, 3), normed))
+    with pytest.raises(ValueError, match="0.weight is complex"):
+        bcq.quantizable(nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)))
 
 
 # --- maps over the dict ---

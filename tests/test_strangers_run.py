@@ -154,6 +154,33 @@ def test_bits_are_one_number_or_patterns_of_names_that_come_first(text, ends, ex
     assert list(run.spread_bits(names, text, ends).values()) == expected
 
 
+HEAD_FIRST = """from torch import nn
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.head = nn.Linear(8, classes)
+        self.norm = nn.BatchNorm1d(classes)
+        self.middle = nn.Linear(8, 8)
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+    def forward(self, x):
+        x = self.stem(x).tanh().mean((2, 3))
+        return self.norm(self.head(self.middle(x).tanh()))
+"""
+
+
+def test_the_first_and_the_last_layer_are_those_that_are_called_so_however_they_are_defined(
+    tmp_path,
+):
+    (tmp_path / "net.py").write_text(HEAD_FIRST)
+    words = [*TINY, "--model", f"{tmp_path}/net.py:Net", "--epochs", 1, "--out"]
+    succeed("--mode", "lsq", *words, tmp_path / "lsq")
+    bits = bcq.read_checkpoint(tmp_path / "lsq" / "model.pth")["bits"]
+    assert bits == {"stem.weight": 8, "middle.weight": 4, "head.weight": 8}
+    succeed("--mode", "xnor", *words, tmp_path / "xnor")
+    assert bcq.read_checkpoint(tmp_path / "xnor" / "model.pth")["names"] == ["middle.weight"]
+    assert "no batch norm" not in succeed("--mode", "bc", *words, tmp_path / "bc")
+
+
 def test_a_pattern_that_matches_no_layer_is_refused_with_the_names_there_are():
     with pytest.raises(ValueError, match="conv=1: no layer of that name; there are stem, out"):
         run.spread_bits(["stem.weight", "out.weight"], "conv=1,4")
@@ -419,6 +446,62 @@ def test_a_network_whose_parameters_are_not_float32_is_trained_saved_and_read_ag
     succeed("--mode", "bc", *TINY, *words, *more)
     before, after = (bcq.read_checkpoint(p / "model.pth")["net"] for p in (out, tmp_path / "more"))
     assert {k: w.dtype for k, w in before.items()} == {k: w.dtype for k, w in after.items()}
+
+
+def test_a_network_that_casts_its_images_to_float64_is_exported_and_converted(tmp_path):
+    words = own_network(tmp_path, "self.conv(x.double())", "self.double()")
+    succeed("--mode", "bc", *TINY, *words, "--epochs", 1, "--out", tmp_path / "run")
+    net, more = tmp_path / "run" / "model", words[-2:]
+    printed = succeed("--mode", "export", "--checkpoint", f"{net}.pth", *more)
+    assert "changed    0 of" in printed
+    succeed("--mode", "eval", "--checkpoint", f"{net}.bcq", *more)
+    succeed("--mode", "ptq", "--dtype", "int8", "--checkpoint", f"{net}.pth", *more)
+
+
+WRAPPED = """
+import torch
+def script(classes=10): return torch.jit.script(Net(classes))
+def parallel(classes=10): return nn.DataParallel(Net(classes))
+def lazy(classes=10): return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+def hooked(classes=10):
+    net = Net(classes)
+    net.out.weight.register_hook(lambda g: 0 * g)
+    return net
+"""
+REFUSED = {"script": "give the plain module", "parallel": "give the plain module"}
+REFUSED |= {"lazy": "1.weight has no shape yet", "hooked": "out.weight has a hook"}
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_network_that_is_no_plain_module_is_refused_in_a_line_that_says_what_to_do(
+    name, tmp_path
+):
+    own_network(tmp_path)
+    with open(tmp_path / "net.py", "a") as file:
+        file.write(WRAPPED)
+    result = call("--mode", "bc", *TINY, "--model", f"{tmp_path}/net.py:{name}")
+    assert_refused(result, REFUSED[name])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp16"])
+def test_complex_weights_are_not_converted_to_fewer_bits(dtype, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, classes=10):\n"
+        "        super().__init__()\n"
+        "        self.out = nn.Linear(3072, classes, dtype=torch.complex64)\n"
+        "    def forward(self, x):\n"
+        "        return self.out(x.flatten(1).to(torch.complex64)).abs()\n"
+    )
+    weights = {"out.weight": torch.ones(10, 3072), "out.bias": torch.ones(10)}
+    weights = {name: w.to(torch.complex64) for name, w in weights.items()}
+    torch.save(weights, tmp_path / "net.pth")
+    words = ["--checkpoint", tmp_path / "net.pth", "--model", f"{tmp_path}/net.py:Net"]
+    result = call("--mode", "ptq", "--dtype", dtype, "--dataset", "shapes", *words)
+    assert_refused(result, "out.weight is complex")
+    assert not list(tmp_path.glob("net-*"))
 
 
 def test_a_constructor_whose_width_is_no_number_is_trained_and_resumed(tmp_path):

@@ -249,6 +249,15 @@ def test_frozen_parameters_stay_and_the_others_move_as_if_the_frozen_ones_had_st
     assert not torch.equal(found[0]["out.weight"], params["out.weight"])
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_model_with_a_hook_on_a_gradient_is_refused_until_the_hook_is_removed(small, hook):
+    handle = getattr(small.out.weight, hook)(lambda tensor: None)
+    with pytest.raises(ValueError, match="out.weight has a hook on its gradient"):
+        bcq.make_train_step(small, {}, bcq.sgd(), bcq.cross_entropy)
+    handle.remove()
+    bcq.make_train_step(small, {}, bcq.sgd(), bcq.cross_entropy)
+
+
 def test_a_frozen_parameter_that_is_not_there_is_an_error(small):
     params, buffers = bcq.split(small)
     optimizer = bcq.sgd()
