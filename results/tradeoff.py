@@ -222,9 +222,9 @@ def commands_of(training, records, shown):
 
 
 def architectures_table(points, records):
-    """What fp32, bc and two lsq reach on each network that has two of them, without a teacher and
-    with images held out."""
-    methods = ("fp32", "bc", "W4A4", "W2A2")
+    """What fp32, bc, bwn and two lsq reach on each network that has two of them, without a teacher
+    and with images held out."""
+    methods = ("fp32", "bc", "bwn", "W4A4", "W2A2")
     networks = {}
     for point in points:
         first = point.records[0]
