@@ -649,7 +649,9 @@ def sgd(momentum=0.0, nesterov=False, weight_decay=0.0):
         return updates, velocities
 
     def init(params):
-        return zeros_like(params) if momentum else {}
+        if momentum:
+            return zeros_like(params)
+        return {}
 
     return Optimizer(init, update)
 
@@ -2270,7 +2272,8 @@ def load_checkpoint(path, build):
     content = read_checkpoint(path)
     net, meta = content, {}
     found = [name for name in NET_NAMES if name in content and not torch.is_tensor(content[name])]
-    found.sort(key=lambda name: not isinstance(content[name], dict))  # those before a word
+    dicts = [name for name in found if isinstance(content[name], dict)]
+    found = dicts or found  # not what is a word
     if found:
         net = content[found[0]]
         meta = {key: v for key, v in content.items() if key != found[0]}

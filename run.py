@@ -2553,8 +2553,10 @@ def convert(args):
     result |= {"method": name, "dtype": name, "test_accuracy": now["accuracy"]}
     result |= {"seconds_1": now["seconds_1"], "seconds_256": now["seconds_256"]}
     result |= {f"fp32_{key}": value for key, value in before.items()}
-    trained = "val_accuracy" if args.mode == "export" else "fp32_val_accuracy"  # of which network
-    result |= {trained: net.meta.get("accuracies", {}).get("val_accuracy")}
+    key = "fp32_val_accuracy"
+    if args.mode == "export":
+        key = "val_accuracy"  # it is the same network
+    result |= {key: net.meta.get("accuracies", {}).get("val_accuracy")}
     result |= {"predictions_changed": changed}
     write_text(Path(f"{stem}-{name}.json"), json.dumps(result, indent=1))
     return expect(now["accuracy"], args.expect)
@@ -2814,11 +2816,15 @@ def print_sweep(rows):
     """The table of a sweep, in the order of validation, as the test set is to choose nothing."""
 
     def validation(row):
-        return -1.0 if row["val_accuracy"] is None else row["val_accuracy"]
+        if row["val_accuracy"] is None:
+            return -1.0
+        return row["val_accuracy"]
 
     print(f"{'':28} {'val':>9} {'test':>9} {'bytes':>11} {'course':>9} {'MicroNet':>9}")
     for row in sorted(rows, key=validation, reverse=True):
-        held_out = "none" if row["val_accuracy"] is None else f"{row['val_accuracy']:.4f}"
+        held_out = "none"
+        if row["val_accuracy"] is not None:
+            held_out = f"{row['val_accuracy']:.4f}"
         words = f"{row['name']:28} {held_out:>9} {row['test_accuracy']:9.4f}"
         course, micronet = row.get("course_score", math.nan), row.get("micronet_score", math.nan)
         scores = f"{course:9.5f} {micronet:9.5f}"
