@@ -2597,9 +2597,7 @@ def count_operations(model, params, buffers, x):
         plain = w
         if isinstance(w, OwnLayer):
             plain = w.dequantize()
-        plain = cast(
-            plain.detach(), torch.float32
-        ).clone()  # in a place of its own, which says its name
+        plain = cast(plain.detach(), torch.float32).clone()  # its own place says its name
         weights[name] = watched[name] = plain
         if plain.ndim > 1:
             watched[name] = QuantizedInput(plain, watcher(name))

@@ -2403,7 +2403,8 @@ def open_checkpoint(args, fp32=False):
     except InUsersCode:
         if not fp32:
             raise
-    net = load_network(args.checkpoint, device, args.given.get("model"))  # that casts its images
+    # A network that casts its images itself needs its weights in the dtype that they have.
+    net = load_network(args.checkpoint, device, args.given.get("model"))
     return fit_to_data(net, data), data, device
 
 
@@ -2440,7 +2441,7 @@ def known_bits(net):
         return net.meta["bits"]
     try:
         names = bcq.quantizable(net.model)
-    except ValueError:  # there are none
+    except ValueError:  # there are none to quantize
         names = []
     bits = {}
     for name in names:  # of a file of others: 1 for filters of one magnitude
@@ -2856,8 +2857,7 @@ def draw_sweep(path, rows):
             continue
         points = [(row[key], 100 * row["test_accuracy"]) for row in rows]
         front = pareto_front(points)
-        line = {"color": "C1", "drawstyle": "steps-post", "label": "best by test accuracy"}
-        axes.plot(*zip(*front, strict=True), **line)
+        axes.plot(*zip(*front, strict=True), color="C1", drawstyle="steps-post")
         axes.scatter(*zip(*points, strict=True), zorder=2)
         for i, (row, point) in enumerate(zip(rows, points, strict=True)):
             place = {"xytext": (5, 4), "textcoords": "offset points"}
@@ -2869,7 +2869,9 @@ def draw_sweep(path, rows):
         axes.set(xscale="log", xlabel=label)
         axes.set_ylabel(f"test accuracy on {dataset}, %").set_parse_math(False)
         axes.margins(x=0.2, y=0.1)
-        axes.legend(loc="lower right")
+    figure.suptitle(
+        "The line: none is better for less, by test accuracy, after the fact", fontsize=10
+    )
     save_figure(figure, path)
     pyplot.close(figure)
 

@@ -1,6 +1,6 @@
 """The settings and fixtures of the tests: which are slow, and what they draw or train once for all.
 
-python -m pytest -q tests            all but the slow ones, in one to five minutes
+python -m pytest -q tests            all but the slow ones, in one to six minutes
 python -m pytest -q tests --slow     all
 
 They are of the CPU, and a GPU is hidden from them. BCQ_CUDA=1 shows it to
